@@ -1,0 +1,238 @@
+"""Checkpoints that appear whole or not at all, say what they are without torch, and prove that they are undamaged.
+
+A checkpoint is an ordinary ``torch.save`` file (a zip archive) with one more member, ``omni.json``: a summary that any
+program can read in a millisecond (stage, phase, step, configuration, figures, lineage) and a SHA-256 over all other
+members. Saving goes to a temporary file that is flushed to the disk and then renamed, so a crash at any moment leaves
+either the old file or the new one. Loading runs no code from the file (``weights_only=True``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from omni.config import UserError
+from omni.runtime import log
+
+FORMAT = 1
+_SUMMARY = "omni.json"
+
+
+class DamagedCheckpointError(UserError):
+    """A file that is not a whole checkpoint of this project."""
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Write ``tensors`` (nested dicts and lists of tensors and plain values) and ``summary`` (JSON) to ``path``.
+
+    Raises:
+        UserError: when the disk is full or the folder cannot be written; whatever stood at ``path`` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save(tensors, temporary)
+        head = {"format": FORMAT, "sha256": _digest(temporary), **summary}
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr(_SUMMARY, json.dumps(head))
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(f"{path}: cannot be written ({error}); {free:.0f} MiB are free in {path.parent}") from error
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The JSON summary of a checkpoint, without reading its tensors.
+
+    Raises:
+        DamagedCheckpointError: when the file is not a whole checkpoint of this project.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            summary = json.loads(archive.read(_SUMMARY))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DamagedCheckpointError(f"{path}: not a whole μOmni checkpoint ({error})") from None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint of format {FORMAT}")
+    return summary
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Verify a checkpoint and return ``(tensors, summary)``.
+
+    Raises:
+        DamagedCheckpointError: when a byte of it is not what was written.
+    """
+    summary = read_summary(path)
+    try:
+        if _digest(path) != summary["sha256"]:
+            raise DamagedCheckpointError(f"{path}: damaged (its contents do not match its checksum)")
+        return torch.load(path, map_location=device, weights_only=True), summary
+    except DamagedCheckpointError:
+        raise
+    except Exception as error:  # the unpickler and zip reader raise nearly anything on a damaged file
+        raise DamagedCheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def load_input(path: str | Path, kind: str, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load the checkpoint of an earlier stage that a stage is built on.
+
+    Args:
+        path: the final checkpoint of that stage.
+        kind: what it must be, for example ``thinker``.
+        command: the command that makes it, for the message.
+
+    Raises:
+        UserError: naming the file and the command to run first.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint, expected a finished {kind}; run `{command}` first")
+    tensors, summary = load_checkpoint(path)
+    if summary["kind"] != kind:
+        raise UserError(f"{path}: found a checkpoint of {summary['kind']}, expected one of {kind}; run `{command}`")
+    return tensors, summary
+
+
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Load weights strictly.
+
+    Raises:
+        UserError: listing missing, unexpected and differently shaped weights.
+    """
+    own = module.state_dict()
+    lines = [f"  missing: {key}" for key in own if key not in weights]
+    lines += [f"  unexpected: {key}" for key in weights if key not in own]
+    lines += [
+        f"  {key}: found shape {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if lines:
+        shown = lines[:12] + ([f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else [])
+        raise UserError(f"{where}: the weights do not fit this model:\n" + "\n".join(shown))
+    module.load_state_dict(weights)
+
+
+def as_tensor(data: bytes) -> torch.Tensor:
+    """A file's bytes as a tensor, the form in which a checkpoint can carry it."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def as_bytes(data: torch.Tensor) -> bytes:
+    """The bytes that :func:`as_tensor` stored."""
+    return data.cpu().numpy().tobytes()
+
+
+def fingerprint(path: Path) -> str:
+    """The checksum of a checkpoint's contents, as recorded in it: the link of a lineage."""
+    return str(read_summary(path)["sha256"])
+
+
+def periodic_checkpoints(save_dir: Path, name: str) -> list[tuple[int, Path]]:
+    """``(step, path)`` of ``<name>_step_<N>.pt`` files, newest first. Steps count over all phases."""
+    pattern = re.compile(re.escape(name) + r"_step_(\d+)\.pt")
+    found = [(int(m[1]), path) for path in save_dir.glob(f"{name}_step_*.pt") if (m := pattern.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def prune(save_dir: Path, name: str, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` periodic checkpoints; best and final ones are never touched."""
+    for _, path in periodic_checkpoints(save_dir, name)[keep_last:]:
+        path.unlink()
+
+
+def resume_candidates(save_dir: Path, name: str) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any] | None, str]]:
+    """Yield ``(path, summary, tensors, problem)`` from the newest on, up to the first that loads.
+
+    A damaged one is yielded with ``tensors`` None and what is wrong with it, so that the caller can name it.
+    """
+    paths = [(step, path) for step, path in periodic_checkpoints(save_dir, name)]
+    final = save_dir / f"{name}.pt"
+    if final.exists():
+        try:
+            paths.append((read_summary(final)["total_step"], final))
+        except DamagedCheckpointError as error:
+            yield final, {}, None, str(error)
+    for _, path in sorted(paths, key=lambda item: (-item[0], item[1] != final)):
+        try:
+            tensors, summary = load_checkpoint(path)
+        except DamagedCheckpointError as error:
+            yield path, {}, None, str(error)
+            continue
+        yield path, summary, tensors, ""
+        return
+
+
+def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
+    """Lock ``save_dir`` for this process, and with ``fresh`` set an earlier run in it aside.
+
+    The lock is the operating system's, so it ends with the process however that ends. Keep the returned file open.
+
+    Raises:
+        UserError: when another run holds the folder, or it cannot be written.
+    """
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        handle = (save_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{save_dir}: cannot be written ({error.strerror}), expected a folder for checkpoints"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{save_dir}: another run is writing here; wait for it or choose another --save_dir") from None
+    earlier = [path for path in save_dir.iterdir() if path.name != ".lock"]
+    if fresh and earlier:
+        aside = save_dir.with_name(f"{save_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        log.info("set the earlier run aside in %s", aside)
+    return handle
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 over names and contents of every member but the summary."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename == _SUMMARY:
+                continue
+            digest.update(member.filename.encode())
+            with archive.open(member) as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename durable; some systems cannot open a folder, and there the rename is durable enough."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

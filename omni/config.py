@@ -1,0 +1,383 @@
+"""Configuration: one JSON file and the command line become one frozen dataclass.
+
+Every key has a type and, where there is a sensible one, a default, in the dataclass that a stage script shows at
+its top. Nothing is looked up by string later on, so a typo cannot silently become a default: it is reported here,
+together with every other problem of the file, each on a line of its own as
+``file: key: what was found, what was expected``.
+
+On the command line every key can be set as ``--key value`` or ``--key=value``: dotted (``--train.max_steps 30``) or
+by its last name alone where that is unique (``--ctx_len 128``). The keys of :class:`PhaseConfig` set every phase of a
+stage when given by their last name (``--max_steps 30`` with three phases sets three).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message is one sentence; ``exit_code`` is 1, or 2 for wrong usage."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a configuration."""
+
+    key: str
+    found: str
+    expected: str
+
+    def line(self, where: str) -> str:
+        """The problem as one line of an error message."""
+        return f"{where}: {self.key}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """The keys of one training phase: how long, how much at once, how fast."""
+
+    max_steps: int
+    batch_size: int
+    lr: float
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    monitor: str = "loss"  # a figure of the validation, without "val_"
+    monitor_mode: Literal["min", "max"] = "min"
+    patience: int = 0  # validations without an improvement before stopping early; 0: never
+    min_delta: float = 0.0  # in the monitor's own unit
+
+    def problems(self) -> Iterator[Problem]:
+        """Values that no training can run with."""
+        for key in ("max_steps", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                yield Problem(key, str(getattr(self, key)), "at least 1")
+        if self.lr <= 0:
+            yield Problem("lr", str(self.lr), "a positive learning rate")
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield Problem("min_lr_ratio", str(self.min_lr_ratio), "a share from 0 to 1")
+        for key in ("warmup_steps", "patience", "weight_decay", "min_delta"):
+            if getattr(self, key) < 0:
+                yield Problem(key, str(getattr(self, key)), "0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The keys that every stage has, whatever it trains."""
+
+    seed: int = 0
+    save_dir: str = ""  # empty: checkpoints/<name>
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    use_amp: bool = True
+    deterministic: bool = False  # bit-identical resume on CUDA, at a cost in speed
+    num_threads: int = 0  # 0: every core this process may use
+    num_workers: int = 0  # processes that prepare batches; 0: the training process itself
+    print_freq: int = 50
+    val_freq: int = 200
+    val_batches: int = 20
+    checkpoint_freq: int = 500
+    keep_last: int = 2
+    max_grad_norm: float = 1.0
+    max_grad_explosion: float = 100.0
+    min_loss: float = -1e6
+    max_loss: float = 1e6
+    max_consecutive_skips: int = 20
+    tensorboard: bool = True  # used when the package is installed
+
+    def problems(self) -> Iterator[Problem]:
+        """Values that no run can work with."""
+        for key in ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips"):
+            if getattr(self, key) < 1:
+                yield Problem(key, str(getattr(self, key)), "at least 1")
+        for key in ("seed", "num_threads", "num_workers"):
+            if getattr(self, key) < 0:
+                yield Problem(key, str(getattr(self, key)), "0 or more")
+        for key in ("max_grad_norm", "max_grad_explosion"):
+            if getattr(self, key) <= 0:
+                yield Problem(key, str(getattr(self, key)), "more than 0")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What the shared loop needs to know of any stage's configuration; each stage script extends it."""
+
+    name: str
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def save_dir(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return Path(self.run.save_dir or f"checkpoints/{self.name}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dicts, lists, numbers and strings, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
+    """Build the dataclass ``cls`` from plain values.
+
+    Raises:
+        UserError: listing every unknown, missing, mistyped or impossible key, one line each, prefixed by ``where``.
+    """
+    problems: list[Problem] = []
+    built = _build(cls, values, "", problems)
+    if problems:
+        raise UserError("\n".join(problem.line(where) for problem in problems))
+    assert built is not None
+    return built
+
+
+def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Read a JSON configuration and apply ``(key, text)`` overrides from the command line.
+
+    Raises:
+        UserError: for a missing or malformed file and for every problem of its keys; exit code 2 when a
+            command-line key is unknown, ambiguous or of the wrong type.
+    """
+    values = _read_json(Path(path))
+    # A configuration that is already wrong is reported as it stands in the file, before the command line's turn.
+    if not overrides:
+        return from_dict(cls, values, str(path))
+    known = dict(_leaves(cls))
+    problems: list[Problem] = []
+    for name, text in overrides:
+        for key in _matches(name, known, problems):
+            try:
+                _assign(values, key, _parse(text, known[key].type))
+            except ValueError as error:
+                problems.append(Problem(f"--{name}", repr(text), str(error)))
+    if problems:
+        raise UserError("\n".join(problem.line("command line") for problem in problems), exit_code=2)
+    return from_dict(cls, values, f"{path} with the command line's changes")
+
+
+def read_command_line(cls: type[Config], words: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration that ``--config FILE [--key value ...] [--fresh]`` describes, and whether to start afresh.
+
+    Raises:
+        UserError: see :func:`load_config`; ``--help`` leaves with the list of keys.
+    """
+    rest = list(words)
+    if "--help" in rest or "-h" in rest or not rest:
+        print("usage: --config FILE.json [--fresh] [--key value ...]\n\nkeys, each also by its last name:")
+        for key, leaf in _leaves(cls):
+            print(f"  --{key}  ({_name(leaf.type)})")
+        raise SystemExit(0 if rest else 2)
+    fresh = "--fresh" in rest
+    pairs = parse_overrides([word for word in rest if word != "--fresh"])
+    paths = [text for key, text in pairs if key == "config"]
+    if len(paths) != 1:
+        raise UserError(f"command line: found {len(paths)} --config, expected one --config FILE.json", exit_code=2)
+    return load_config(cls, paths[0], [pair for pair in pairs if pair[0] != "config"]), fresh
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """What differs between two nested plain values, one ``key: old -> new`` a line."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield f"{key}: {_show(old)} -> {_show(new)}"
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Split ``--key value`` and ``--key=value`` arguments into pairs.
+
+    Raises:
+        UserError: (exit code 2) for a word that is not an option, or an option without a value.
+    """
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"command line: found {word!r}, expected --key value", exit_code=2)
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or (rest[0].startswith("--")):
+                raise UserError(f"command line: --{key}: found no value, expected --{key} VALUE", exit_code=2)
+            text = rest.pop(0)
+        pairs.append((key.replace("-", "_"), text))
+    return pairs
+
+
+class _Leaf(NamedTuple):
+    """A settable key: its type and the dataclass that owns it."""
+
+    type: Any
+    owner: type
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such file, expected a JSON configuration{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a JSON configuration: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found a JSON {type(values).__name__}, expected an object {{...}}")
+    return values
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key}: found twice in one object, expected once")
+        values[key] = value
+    return values
+
+
+def _leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, _Leaf]]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _leaves(kind, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", _Leaf(kind, cls)
+
+
+def _matches(name: str, known: dict[str, _Leaf], problems: list[Problem]) -> list[str]:
+    """The full keys that a command-line name stands for; a problem is noted where there is none or no single one."""
+    if name in known:
+        return [name]
+    found = [key for key in known if key.rpartition(".")[2] == name]
+    if len(found) == 1 or (found and all(known[key].owner is PhaseConfig for key in found)):
+        return found
+    if found:
+        problems.append(Problem(f"--{name}", "a name that several keys share", f"one of {', '.join(found)}"))
+        return []
+    names = [*known, *(key.rpartition(".")[2] for key in known)]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"a key of this configuration; did you mean --{near[0]}?" if near else "a key of this configuration"
+    problems.append(Problem(f"--{name}", "an unknown key", hint))
+    return []
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[last] = value
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """Command-line text as a value of the key's type. Raises ValueError saying what was expected."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if kind is str or typing.get_origin(kind) is Literal:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "yes", "on", "1"):
+            return True
+        if text.lower() in ("false", "no", "off", "0"):
+            return False
+        raise ValueError("true or false")
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError("a whole number") from None
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError("a number") from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError('JSON, such as [1, 2] or ["a", "b"]') from None
+
+
+def _build(cls: type[Config], values: Any, prefix: str, problems: list[Problem]) -> Config | None:
+    """Build one dataclass, adding to ``problems``; None when it cannot be built."""
+    before = len(problems)
+    if not isinstance(values, dict):
+        problems.append(Problem(prefix.rstrip(".") or "(top)", _show(values), "an object {...}"))
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            expected = f'"{near[0]}"' if near else "one of " + ", ".join(sorted(fields))
+            problems.append(Problem(f"{prefix}{key}", "an unknown key", expected))
+    arguments: dict[str, Any] = {}
+    for key, item in fields.items():
+        if key in values:
+            arguments[key] = _convert(hints[key], values[key], f"{prefix}{key}", problems)
+        elif dataclasses.is_dataclass(hints[key]) and item.default_factory is dataclasses.MISSING:
+            arguments[key] = _build(hints[key], {}, f"{prefix}{key}.", problems)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            problems.append(Problem(f"{prefix}{key}", "nothing", f"a value ({_name(hints[key])})"))
+    if len(problems) > before:
+        return None
+    built = cls(**arguments)
+    for problem in getattr(built, "problems", tuple)():
+        problems.append(Problem(f"{prefix}{problem.key}", problem.found, problem.expected))
+    return built
+
+
+def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    """``value`` as the type ``kind``; adds a problem and returns None where it is not one."""
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, f"{key}.", problems)
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, key, problems)
+    if origin is Literal and value in options:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(options[0], item, f"{key}[{i}]", problems) for i, item in enumerate(value))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    problems.append(Problem(key, _show(value), _name(kind)))
+    return None
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _name(kind: Any) -> str:
+    """A type in words a user knows."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return _name(typing.get_args(kind)[0]) + " or null"
+    return names.get(kind, "an object {...}")

@@ -1,0 +1,225 @@
+"""The only shared layers: RMSNorm, rotary positions, attention with a KV cache, SwiGLU, Block.
+
+Names and conventions are those of Qwen3 (half-split rotary positions, RMSNorm on queries and keys, no biases), so that
+a Thinker's weights load into the stock Hugging Face class.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def check_finite(x: torch.Tensor, name: str) -> None:
+    """Raise FloatingPointError when ``x`` holds NaN or Inf; one reduction, no mask in memory."""
+    if not torch.isfinite(x.detach().float().sum()):
+        raise FloatingPointError(f"{name} are not finite")
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """Normal weights of ``std``, zero biases; layers that add to the residual stream are scaled by their makers."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d):
+            spread = std
+            if isinstance(part, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d):
+                spread = 1 / math.sqrt(part.weight[0].numel())  # 1 / fan-in: keeps the variance through a stem
+            nn.init.normal_(part.weight, std=spread)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last dimension."""
+        # under autocast an fp32 weight beside a bf16 input leaves the fused path
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position embedding (Su et al., 2021), half-split as in Qwen3."""
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, each [B or 1, 1, T, head_dim], of integer positions [B or 1, T]."""
+        exponents = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=torch.float32) / self.head_dim
+        angles = positions_BT[:, None, :, None].float() * self.theta**-exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary positions to queries or keys."""
+    first, second = x_BHTd.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x_BHTd * cos.to(x_BHTd.dtype) + turned * sin.to(x_BHTd.dtype)
+
+
+class KVCache:
+    """Keys and values of all positions so far, for every layer of one model."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [B, H, T, d] of new positions; returns those of all positions."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        if old_k is not None and old_v is not None:
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads and RMSNorm on queries and keys (as in Qwen3)."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, layer: int, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.layer, self.causal = layer, causal
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> torch.Tensor:
+        """Attend; see :class:`Block` for the arguments."""
+        B, T, _ = x_BTD.shape
+        q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v.to(q.dtype),
+            attn_mask=mask,
+            is_causal=self.causal and mask is None and T > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer, 2020)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply to the last dimension."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ConvModule(nn.Module):
+    """Depthwise convolution over time with a gate, the local half of a Conformer block (Gulati et al., 2020)."""
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.out_norm = RMSNorm(dim)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
+        """Mix neighbouring positions; ``valid_BT`` is False where a position is padding."""
+        h = F.glu(self.in_proj(self.norm(x_BTD)), dim=-1)
+        if valid_BT is not None:
+            h = h * valid_BT[:, :, None].to(h.dtype)  # padding must not leak into its neighbours
+        h = self.depthwise(h.transpose(1, 2)).transpose(1, 2)
+        return self.out_proj(F.silu(self.out_norm(h)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, an optional convolution module, SwiGLU."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        layer: int,
+        causal: bool,
+        num_kv_heads: int | None = None,
+        conv_kernel: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(dim)
+        self.self_attn = Attention(dim, num_heads, num_kv_heads or num_heads, layer, causal)
+        self.conv = ConvModule(dim, conv_kernel) if conv_kernel else None
+        self.post_attention_layernorm = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, hidden_dim)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        valid_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One block.
+
+        Args:
+            x_BTD: positions [B, T, D].
+            rotary: cosine and sine of the positions, or None without rotary positions.
+            mask: positive mask [B or 1, 1, T, all positions], True where attention is allowed; None: causal or full.
+            cache: keys and values of earlier positions, extended in place.
+            valid_BT: False at padding, for the convolution module.
+        """
+        x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), rotary, mask, cache))
+        if self.conv is not None:
+            x_BTD = x_BTD + self._drop(self.conv(x_BTD, valid_BT))
+        return x_BTD + self._drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def scale_residual_outputs(blocks: nn.ModuleList) -> None:
+    """Divide what each layer adds to the residual stream by sqrt(2 x depth), as in GPT-2, so its variance stays put."""
+    factor = 1 / math.sqrt(2 * len(blocks))
+    with torch.no_grad():
+        for name, parameter in blocks.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "conv.out_proj.weight")):
+                parameter.mul_(factor)
+
+
+def padding_mask(lengths_B: torch.Tensor, T: int) -> torch.Tensor:
+    """[B, T], True at the first ``lengths_B`` positions of each row."""
+    return torch.arange(T, device=lengths_B.device)[None, :] < lengths_B[:, None]

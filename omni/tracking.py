@@ -1,0 +1,103 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard when it is installed, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from omni.runtime import log
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, continued exactly where a checkpoint left it.
+
+    Everything that depends on the clock stands under ``timing``, so that two runs can be compared line by line.
+    """
+
+    def __init__(self, path: Path, position: int) -> None:
+        """Open the file and cut it at ``position`` bytes, dropping lines written after the checkpoint."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        self._file.truncate(min(position, path.stat().st_size))
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record and hand it to the operating system."""
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """The same figures in TensorBoard; does nothing where the package is not installed or not wanted."""
+
+    def __init__(self, folder: Path, wanted: bool, step: int) -> None:
+        self._writer: Any = None
+        if wanted and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
+
+            self._writer = SummaryWriter(str(folder), purge_step=step)
+
+    def write(self, prefix: str, figures: dict[str, float], step: int) -> None:
+        """Add one point to each curve."""
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere only the lines that are logged, so that a log file stays readable."""
+
+    def __init__(self, phase: str, step: int, max_steps: int) -> None:
+        self._bar = tqdm(
+            total=max_steps,
+            initial=step,
+            desc=phase,
+            disable=not sys.stdout.isatty(),
+            dynamic_ncols=True,
+            file=sys.stdout,
+        )
+        self._max_steps = max_steps
+        self._first_step = step
+        self._start = time.perf_counter()
+
+    def advance(self, figures: dict[str, float]) -> None:
+        """One step is done."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(" ".join(f"{name} {value:.4g}" for name, value in figures.items()), refresh=False)
+            self._bar.update()
+
+    def line(self, step: int, text: str) -> None:
+        """Log one line about a step, with the time left."""
+        rate = (time.perf_counter() - self._start) / max(1, step - self._first_step)
+        left = int(rate * (self._max_steps - step))
+        with tqdm.external_write_mode(file=sys.stdout):
+            log.info("step %d/%d | %s | %d:%02d left", step, self._max_steps, text, left // 60, left % 60)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def format_figures(figures: dict[str, float]) -> str:
+    """Figures as ``loss 2.31 | wer 0.12``."""
+    return " | ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -1,0 +1,493 @@
+"""The one training loop of all five stages.
+
+A stage script describes a :class:`Run`: a model and an ordered list of phases, each a :class:`Stage` that says what is
+trained, on which batches, by which loss and how it is evaluated. Everything else is here: mixed precision, warm-up and
+cosine, accumulation, clipping, guards against NaN and exploding gradients, validation, checkpoints, and a resume that
+continues bit for bit. The loop knows no modality: to it a batch is something with target counts, and a loss is a sum.
+
+The loss of a step is ``sum over terms of weight * (sum of the term) / (targets of the term)``, with the targets counted
+over all micro-batches of the step before the first of them is computed. Accumulating k micro-batches is therefore the
+same as one large batch, also when they have unequal numbers of targets.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from omni import checkpoint
+from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, differences, read_command_line, to_dict
+from omni.optim import build_optimizer, lr_ratio, trainable_parameters
+from omni.runtime import (
+    Precision,
+    isolated_randomness,
+    log,
+    random_state,
+    restore_random_state,
+    seed_everything,
+    setup_compute,
+    user_errors,
+)
+from omni.tracking import MetricsLog, Progress, TensorBoard, format_figures
+
+
+class BatchLike(Protocol):
+    """What the loop needs of a batch."""
+
+    counts: dict[str, int]
+
+    def to(self, device: torch.device) -> Any:
+        """The batch on ``device``."""
+
+
+class StreamLike(Protocol):
+    """What the loop needs of a stream of batches."""
+
+    rows: list[int]
+    epoch: int
+
+    def __next__(self) -> BatchLike: ...
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the batches used so far."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a position."""
+
+
+LossFunction = Callable[[Any, Any], dict[str, torch.Tensor]]  # (model, batch) -> sums
+Evaluation = Callable[[Any], dict[str, float]]  # model -> figures
+
+
+@dataclass
+class Stage:
+    """One phase of a run: what differs from phase to phase, and nothing else.
+
+    Attributes:
+        trains: the modules that are trained; every other part of the model is frozen and in evaluation mode.
+        stream: endless training batches.
+        compute_loss: model and batch to one *sum* for each loss term; its target counts are ``batch.counts``.
+        evaluate: held-out figures, computed under ``no_grad`` in evaluation mode; its random numbers are its own.
+        config: length, batch size and learning rate.
+        weights: factor of each loss term.
+        unit: what throughput counts; a key of ``batch.counts``.
+        after_update: called after every accepted update, for state that is not trained by gradient.
+    """
+
+    trains: list[nn.Module]
+    stream: StreamLike
+    compute_loss: LossFunction
+    evaluate: Evaluation
+    config: PhaseConfig
+    weights: dict[str, float]
+    unit: str
+    after_update: Callable[[], None] | None = None
+
+
+@dataclass
+class Run:
+    """Everything that a stage script hands to the loop.
+
+    Attributes:
+        kind: name of the final checkpoint without ``.pt``, for example ``thinker``.
+        model: all modules of the stage; its whole state dict goes into every checkpoint.
+        phases: names and builders, in order. A builder is called when its phase begins, after the earlier ones ended.
+        model_config: what is needed to build the model again from the checkpoint alone.
+        assets: files the checkpoint carries with it, such as the tokenizer, as bytes.
+        lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
+    """
+
+    kind: str
+    model: nn.Module
+    phases: list[tuple[str, Callable[[], Stage]]]
+    model_config: dict[str, Any]
+    assets: dict[str, bytes] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+
+def get_lr_scheduler(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.1
+) -> Callable[[int], float]:
+    """A function that sets the optimizer's learning rate for an update and returns it: warm-up, then cosine."""
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def set_lr(step: int) -> float:
+        ratio = lr_ratio(step, warmup_steps, max_steps, min_lr_ratio)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * ratio
+        return peaks[0] * ratio
+
+    return set_lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
+    """Scale the gradients down to a total norm of at most ``max_grad_norm``; returns the norm before."""
+    return float(nn.utils.clip_grad_norm_(list(parameters), max_grad_norm))
+
+
+def check_gradient_explosion(norm: float, max_grad_explosion: float) -> str | None:
+    """What is wrong with a gradient norm (not finite, or above ``max_grad_explosion``), or None."""
+    if not norm < float("inf"):
+        return f"gradient norm {norm}"
+    return f"gradient norm {norm:.4g} above {max_grad_explosion:g}" if norm > max_grad_explosion else None
+
+
+def validate_loss(loss: float, min_loss: float, max_loss: float) -> str | None:
+    """What is wrong with a loss (not finite, or outside its bounds), or None."""
+    if not min_loss <= loss <= max_loss:  # false for NaN too
+        return f"loss {loss:.4g} outside {min_loss:g} to {max_loss:g}"
+    return None
+
+
+@dataclass
+class _Progress:
+    """The small state of a run that a checkpoint must hold."""
+
+    phase: int = 0
+    step: int = 0  # of this phase, skipped batches included
+    total_step: int = 0  # over all phases
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    stale: int = 0  # validations since the best
+    stopped_early: bool = False
+    seen: dict[str, int] = field(default_factory=dict)  # targets seen, by phase and unit
+    seconds: float = 0.0
+    window_loss: float = 0.0  # sums since the last line in the log
+    window_steps: int = 0
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)  # last validation of each phase
+
+
+class Loop:
+    """Runs the phases of one :class:`Run` and keeps its promises; see the module's docstring."""
+
+    def __init__(self, run: Run, config: StageConfig, precision: Precision, fresh: bool = False) -> None:
+        self.run, self.config, self.precision = run, config, precision
+        self.options: RunConfig = config.run
+        self.save_dir = config.save_dir
+        self.state = _Progress()
+        self._training: dict[str, Any] | None = None  # loaded optimizer and stream state, until its phase begins
+        self._signal: int | None = None
+        self._lock = checkpoint.claim_folder(self.save_dir, fresh)
+        self._resume()
+        self.metrics = MetricsLog(self.save_dir / "metrics.jsonl", self._training["metrics"] if self._training else 0)
+        (self.save_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+    # ---- resume ----
+
+    def _resume(self) -> None:
+        """Continue from the newest undamaged checkpoint of ``save_dir``, if there is one."""
+        for path, summary, tensors, problem in checkpoint.resume_candidates(self.save_dir, self.run.kind):
+            if tensors is None:
+                log.warning("passing over %s", problem)
+                continue
+            self._refuse_another_run(path, summary)
+            checkpoint.load_weights(self.run.model, tensors["weights"], str(path))
+            self._training = tensors["training"]
+            self.state = _Progress(**self._training["progress"])
+            log.info(
+                "resuming from %s (phase %s, step %d)", path, self.run.phases[self.state.phase][0], self.state.step
+            )
+
+    def _refuse_another_run(self, path: Path, summary: dict[str, Any]) -> None:
+        """A resume with another model, data or inputs would be a new run under an old name."""
+        old = {"model": summary["model_config"], "lineage": summary["lineage"]}
+        new = {"model": self.run.model_config, "lineage": self.run.lineage}
+        lines = list(differences(old, new))
+        if lines:
+            raise UserError(
+                f"{path}: belongs to another run; differences (there -> now):\n  "
+                + "\n  ".join(lines)
+                + "\nUse --fresh to set the old run aside and start over, or another --save_dir."
+            )
+
+    # ---- the run ----
+
+    def train(self) -> None:
+        """Run every phase that is left, then write the final checkpoint."""
+        if self._finished():
+            log.info("%s: complete, nothing to do (--fresh starts over)", self.save_dir / f"{self.run.kind}.pt")
+            return
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.state.phase < len(self.run.phases):
+                self._run_phase(*self.run.phases[self.state.phase])
+                if self.state.phase == len(self.run.phases) - 1:
+                    break
+                self._next_phase()
+            self._save(self.save_dir / f"{self.run.kind}.pt")
+            log.info("saved %s", self.save_dir / f"{self.run.kind}.pt")
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.metrics.close()
+
+    def _finished(self) -> bool:
+        final = self.save_dir / f"{self.run.kind}.pt"
+        last_phase = self.state.phase == len(self.run.phases) - 1
+        if not (last_phase and self._training and final.exists()):
+            return False
+        stage_config = self._phase_config(self.state.phase)
+        return self.state.stopped_early or self.state.step >= stage_config.max_steps
+
+    def _phase_config(self, phase: int) -> PhaseConfig:
+        name = self.run.phases[phase][0]
+        found = getattr(self.config, name)
+        assert isinstance(found, PhaseConfig), f"phase {name} must be named as its PhaseConfig in the configuration"
+        return found
+
+    def _next_phase(self) -> None:
+        self.state.phase += 1
+        self.state.step = self.state.stale = 0
+        self.state.best, self.state.stopped_early = None, False
+        self.state.window_loss, self.state.window_steps = 0.0, 0
+
+    def _run_phase(self, name: str, build: Callable[[], Stage]) -> None:
+        """Train one phase from wherever it stands."""
+        if self._training is None:
+            # a phase's initial values and batches must not depend on how the phase before it was interrupted
+            seed_everything(self.options.seed + 1000 * (self.state.phase + 1))
+        stage = build()
+        self.run.model.requires_grad_(False)
+        for module in stage.trains:
+            module.requires_grad_(True)
+        named = trainable_parameters(stage.trains)
+        self.parameters = [parameter for _, parameter in named]
+        self.stage, self.optimizer = stage, build_optimizer(named, stage.config)
+        self.scaler = torch.amp.GradScaler(self.precision.device.type, enabled=self.precision.needs_scaler)
+        set_lr = get_lr_scheduler(
+            self.optimizer, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
+        )
+        if self._training is not None:
+            self.optimizer.load_state_dict(self._training["optimizer"])
+            self.scaler.load_state_dict(self._training["scaler"])
+            stage.stream.load_state_dict(self._training["stream"])
+            restore_random_state(self._training["random"])
+            self._training = None
+        millions = sum(parameter.numel() for parameter in self.parameters) / 1e6
+        log.info(
+            "%s | phase %s | %d steps of %d x %d | %.2f M trained parameters | %s on %s",
+            self.run.kind, name, stage.config.max_steps, stage.config.gradient_accumulation_steps,
+            stage.config.batch_size, millions, self.precision.name, self.precision.device,
+        )  # fmt: skip
+        self.board = TensorBoard(self.save_dir / "tensorboard" / name, self.options.tensorboard, self.state.step)
+        self.progress = Progress(name, self.state.step, stage.config.max_steps)
+        try:
+            while self.state.step < stage.config.max_steps and not self.state.stopped_early:
+                self._step(name, set_lr)
+        finally:
+            self.progress.close()
+            self.board.close()
+        if self.state.phase < len(self.run.phases) - 1:
+            self._save_periodic()
+
+    def _step(self, name: str, set_lr: Callable[[int], float]) -> None:
+        """One update, and whatever is due after it."""
+        state, stage = self.state, self.stage
+        started = time.perf_counter()
+        self._train_mode()
+        lr = set_lr(state.step)
+        batches = [next(stage.stream) for _ in range(stage.config.gradient_accumulation_steps)]
+        loss, norm, problem = self._update(batches)
+        state.step += 1
+        state.total_step += 1
+        if problem:
+            self._skip(name, problem)
+        else:
+            state.skipped_in_a_row = 0
+            state.window_loss += loss
+            state.window_steps += 1
+        unit = f"{name}.{stage.unit}"
+        targets = sum(batch.counts[stage.unit] for batch in batches)
+        state.seen[unit] = state.seen.get(unit, 0) + targets
+        elapsed = time.perf_counter() - started
+        state.seconds += elapsed
+        self.progress.advance({"loss": loss, "lr": lr, "grad": norm, f"{stage.unit}/s": targets / elapsed})
+        last = state.step == stage.config.max_steps
+        if state.step % self.options.print_freq == 0 or last:
+            self._report(name, lr, norm, targets / elapsed)
+        if state.step % self.options.val_freq == 0 or last:
+            self._validate(name)
+        if self._signal is not None:
+            self._save_periodic()
+            log.info("stopped by signal %d after saving; the same command continues", self._signal)
+            raise SystemExit(128 + self._signal)
+        if state.step % self.options.checkpoint_freq == 0 and not last:
+            self._save_periodic()
+
+    def _train_mode(self) -> None:
+        """Training mode for what is trained, evaluation mode for what is frozen."""
+        self.run.model.eval()
+        for module in self.stage.trains:
+            module.train()
+
+    def _update(self, batches: list[BatchLike]) -> tuple[float, float, str | None]:
+        """Forward, backward and update; returns loss, gradient norm, and why the batch was skipped, if it was."""
+        totals: dict[str, int] = {}
+        for batch in batches:
+            for term, count in batch.counts.items():
+                totals[term] = totals.get(term, 0) + count
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=self.precision.device)
+        try:
+            for batch in batches:
+                with self.precision.autocast():
+                    terms = self.stage.compute_loss(self.run.model, batch.to(self.precision.device))
+                loss = self._weighted(terms, totals)
+                self.scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+        except FloatingPointError as error:  # raised by a model that found NaN or Inf in its outputs
+            return float("nan"), float("nan"), str(error)
+        self.scaler.unscale_(self.optimizer)
+        value = float(loss_sum)
+        norm = clip_gradients(self.parameters, self.options.max_grad_norm)
+        problem = validate_loss(value, self.options.min_loss, self.options.max_loss) or check_gradient_explosion(
+            norm, self.options.max_grad_explosion
+        )
+        if problem is None:
+            self.scaler.step(self.optimizer)
+            if self.stage.after_update is not None:
+                self.stage.after_update()
+        self.scaler.update()
+        return value, norm, problem
+
+    def _weighted(self, terms: dict[str, torch.Tensor], totals: dict[str, int]) -> torch.Tensor:
+        loss = torch.zeros((), device=self.precision.device)
+        for term, total in terms.items():
+            loss = loss + self.stage.weights[term] * total.float() / max(1, totals[term])
+        return loss
+
+    def _skip(self, name: str, problem: str) -> None:
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        record = {"phase": name, "step": state.step, "event": "skip", "why": problem, "rows": self.stage.stream.rows}
+        self.metrics.write(record)
+        log.warning("step %d: batch skipped: %s; rows %s", state.step, problem, self.stage.stream.rows[:8])
+        if state.skipped_in_a_row >= self.options.max_consecutive_skips:
+            raise UserError(
+                f"{name}: {state.skipped_in_a_row} batches in a row were skipped, the last at step {state.step} "
+                f"({problem}; rows {self.stage.stream.rows[:8]}); the last good checkpoint stays in {self.save_dir}. "
+                "Lower lr, raise max_grad_explosion, or look at these rows"
+            )
+
+    # ---- reports, validation, checkpoints ----
+
+    def _report(self, name: str, lr: float, norm: float, throughput: float) -> None:
+        state = self.state
+        loss = state.window_loss / max(1, state.window_steps)
+        figures = {"loss": loss, "lr": lr, "grad_norm": norm}
+        state.window_loss, state.window_steps = 0.0, 0
+        seen = state.seen[f"{name}.{self.stage.unit}"]
+        counters = {"epoch": self.stage.stream.epoch, "seen": seen, "skipped": state.skipped}
+        timing = {"seconds": round(state.seconds, 3), "throughput": round(throughput, 1)}
+        record = {"phase": name, "step": state.step, "event": "train", **figures, **counters, "timing": timing}
+        self.metrics.write(record)
+        self.board.write("train", figures, state.step)
+        self.progress.line(state.step, f"{format_figures(figures)} | {throughput:.4g} {self.stage.unit}/s")
+
+    def _validate(self, name: str) -> None:
+        """Evaluate, remember the best, and stop early when the monitor no longer improves."""
+        state, config = self.state, self.stage.config
+        self.run.model.eval()
+        with torch.no_grad(), isolated_randomness(self.options.seed), self.precision.autocast():
+            figures = self.stage.evaluate(self.run.model)
+        state.figures[name] = figures
+        self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
+        self.board.write("val", figures, state.step)
+        self.progress.line(state.step, "validation: " + format_figures(figures))
+        if config.monitor not in figures:
+            raise UserError(f"{name}.monitor: found {config.monitor!r}, expected one of {', '.join(figures)}")
+        figure = figures[config.monitor] * (1 if config.monitor_mode == "min" else -1)
+        if state.best is None or figure < state.best - config.min_delta:
+            state.best, state.stale = figure, 0
+            self._save(self.save_dir / f"{self.run.kind}_best.pt", training=False)
+            return
+        state.stale += 1
+        if config.patience and state.stale >= config.patience:
+            state.stopped_early = True
+            log.info("stopping early: %s has not improved in %d validations", config.monitor, state.stale)
+
+    def _save_periodic(self) -> None:
+        self._save(self.save_dir / f"{self.run.kind}_step_{self.state.total_step}.pt")
+        checkpoint.prune(self.save_dir, self.run.kind, self.options.keep_last)
+
+    def _save(self, path: Path, training: bool = True) -> None:
+        """Write a checkpoint; without ``training`` it holds the weights alone and cannot be resumed from."""
+        tensors: dict[str, Any] = {
+            "weights": self.run.model.state_dict(),
+            "assets": {
+                name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self.run.assets.items()
+            },
+        }
+        if training:
+            tensors["training"] = {
+                "progress": vars(self.state),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "stream": self.stage.stream.state_dict(),
+                "random": random_state(),
+                "metrics": self.metrics.position(),
+            }
+        checkpoint.save_checkpoint(path, tensors, self._summary(training))
+
+    def _summary(self, training: bool) -> dict[str, Any]:
+        state = self.state
+        parts = {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in self.run.model.named_children()
+        }
+        return {
+            "kind": self.run.kind,
+            "phase": self.run.phases[state.phase][0],
+            "phases": [name for name, _ in self.run.phases],
+            "step": state.step,
+            "max_steps": self._phase_config(state.phase).max_steps,
+            "total_step": state.total_step,
+            "resumable": training,
+            "skipped": state.skipped,
+            "seen": state.seen,
+            "seconds": round(state.seconds, 1),
+            "parameters": parts,
+            "precision": self.precision.name,
+            "figures": state.figures,
+            "config": to_dict(self.config),
+            "model_config": self.run.model_config,
+            "lineage": self.run.lineage,
+        }
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """Remember the signal; the loop saves and leaves after the current step. A second one leaves at once."""
+        if self._signal is not None:
+            raise SystemExit(128 + number)
+        self._signal = number
+
+
+Build = Callable[[Any, Precision], Run]
+
+
+def run_stage(config_class: type[StageConfig], build: Build, arguments: Sequence[str] | None = None) -> int:
+    """The whole command of a stage script: read the configuration, build the run, train it from where it stands.
+
+    Returns the exit code: 0, 1 for a mistake in what the user gave, 2 for wrong usage, 130 / 143 after Ctrl-C / TERM.
+    """
+
+    def main() -> None:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        config, fresh = read_command_line(config_class, words)
+        precision = setup_compute(config.run)
+        seed_everything(config.run.seed)
+        run = build(config, precision)
+        run.model.to(precision.device)
+        Loop(run, config, precision, fresh).train()
+
+    return user_errors(main)
