@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]
             archive.writestr(_SUMMARY, json.dumps(head))
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as RuntimeError
@@ -202,7 +202,7 @@ def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{save_dir}: another run is writing here; wait for it or choose another --save_dir") from None
-    earlier = [path for path in save_dir.iterdir() if path.name != ".lock"]
+    earlier = [path for path in save_dir.iterdir() if path.name not in (".lock", "cache")]
     if fresh and earlier:
         aside = save_dir.with_name(f"{save_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir()

@@ -102,7 +102,7 @@ class Run:
         model: all modules of the stage; its whole state dict goes into every checkpoint.
         phases: names and builders, in order. A builder is called when its phase begins, after the earlier ones ended.
         model_config: what is needed to build the model again from the checkpoint alone.
-        assets: files the checkpoint carries with it, such as the tokenizer, as bytes.
+        assets: files by name, such as ``tokenizer.model``; they stand in ``save_dir`` and in every checkpoint.
         lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
     """
 
@@ -180,6 +180,8 @@ class Loop:
         self._lock = checkpoint.claim_folder(self.save_dir, fresh)
         self._resume()
         self.metrics = MetricsLog(self.save_dir / "metrics.jsonl", self._training["metrics"] if self._training else 0)
+        for name, data in run.assets.items():
+            (self.save_dir / name).write_bytes(data)
         (self.save_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
     # ---- resume ----

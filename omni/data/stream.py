@@ -154,7 +154,7 @@ class _Sampler:
 
 def ordered_batches(
     samples: Samples, batch_size: int, limit: int | None = None, lengths: Sequence[int] | None = None
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Each sample once, without augmentation, for evaluation; at most ``limit`` batches.
 
     With ``lengths`` they come sorted by length, which wastes less of a batch on padding.

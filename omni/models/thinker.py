@@ -29,8 +29,8 @@ from omni.models.layers import (
 class ThinkerConfig:
     """Shape of a Thinker."""
 
-    vocab_size: int
     ctx_len: int
+    vocab_size: int = 0  # 0 in a configuration file: as many as the tokenizer has
     dim: int = 256
     num_layers: int = 4
     num_heads: int = 4

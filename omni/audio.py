@@ -1,0 +1,177 @@
+"""Sound in and out: loading, level, log-mel spectrograms, Griffin-Lim. The only module that imports torchaudio.
+
+One 100 Hz log-mel front end serves the audio encoder, the codec, the vocoder and the speaker encoder, so every frame
+rate of the project divides it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import nn
+
+from omni.config import Problem, UserError
+
+try:
+    import torchaudio
+except (ImportError, OSError, RuntimeError) as error:
+    raise UserError(
+        f"torchaudio cannot be loaded beside this torch ({error}); take torch, torchaudio and torchvision from one "
+        "index, with torch below 2.14: `make setup` does"
+    ) from error
+
+# Level of every waveform (RMS over the louder half of its 20 ms frames): recordings differ 15-fold and more.
+_LEVEL = 0.08
+
+
+@dataclass(frozen=True)
+class MelConfig:
+    """A log-mel spectrogram."""
+
+    sample_rate: int = 16000
+    n_fft: int = 512
+    hop_length: int = 160
+    num_mels: int = 80
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return self.sample_rate / self.hop_length
+
+    def problems(self) -> Iterator[Problem]:
+        """Settings that give no spectrogram."""
+        if self.n_fft < 2 * self.hop_length:
+            yield Problem("n_fft", str(self.n_fft), f"at least twice hop_length ({self.hop_length})")
+
+
+def load_audio(path: str | Path, sample_rate: int = 16000, normalize: bool = True) -> torch.Tensor:
+    """A recording as mono float samples [samples] at ``sample_rate``, at a standard level unless told otherwise.
+
+    Raises:
+        UserError: naming the file, when it is missing, empty, not audio, or holds NaN or Inf.
+    """
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (RuntimeError, OSError, TypeError) as error:
+        reason = "no such file" if not Path(path).exists() else f"not a readable recording ({error})"
+        raise UserError(f"{path}: {reason}, expected wav, flac, ogg, opus or mp3") from None
+    if len(samples) == 0:
+        raise UserError(f"{path}: found no samples, expected a recording")
+    wave = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1)))
+    if not torch.isfinite(wave).all():
+        raise UserError(f"{path}: found NaN or Inf samples, expected finite ones")
+    wave = resample(wave, rate, sample_rate)
+    return standard_level(wave) if normalize else wave
+
+
+def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
+    """Change the sampling rate."""
+    return wave if rate == new_rate else _resampler(rate, new_rate)(wave)
+
+
+@functools.lru_cache(maxsize=16)
+def _resampler(rate: int, new_rate: int) -> nn.Module:
+    # keeping it saves building its kernel each time: 6 ms instead of 150
+    return torchaudio.transforms.Resample(rate, new_rate)
+
+
+def standard_level(wave: torch.Tensor) -> torch.Tensor:
+    """Scale a waveform so that its louder half has an RMS of 0.08; silence stays silence."""
+    frames = wave[: len(wave) // 320 * 320].view(-1, 320) if len(wave) >= 320 else wave[None]
+    power = frames.square().mean(dim=1)
+    loud = power.sort(descending=True).values[: max(1, len(power) // 2)].mean().sqrt()
+    if loud < 1e-6:
+        return wave
+    return (wave * (_LEVEL / loud)).clamp(-1, 1)
+
+
+class LogMel(nn.Module):
+    """Waveforms to normalized log-mel frames.
+
+    ``(log(mel + 1e-5) + 6) / 3``: fixed constants, measured on speech at the standard level, bring the values to about
+    zero mean and unit variance, and unlike per-utterance statistics they can be undone by a vocoder.
+    """
+
+    def __init__(self, config: MelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            config.sample_rate,
+            config.n_fft,
+            hop_length=config.hop_length,
+            n_mels=config.num_mels,
+            power=1.0,
+            center=True,
+        )
+
+    @torch.no_grad()
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        """[..., samples] to [..., F, M] with F = samples // hop_length, in fp32 whatever autocast says."""
+        with torch.autocast(wave.device.type, enabled=False):
+            mel = self.mel(wave.float())[..., : wave.shape[-1] // self.config.hop_length]
+            return ((mel + 1e-5).log() + 6).div(3).transpose(-1, -2)
+
+    def magnitudes(self, log_mel: torch.Tensor) -> torch.Tensor:
+        """Undo the normalization: [..., F, M] to mel magnitudes."""
+        return (log_mel.float() * 3 - 6).exp() - 1e-5
+
+
+@functools.lru_cache(maxsize=4)
+def log_mel(config: MelConfig) -> LogMel:
+    """The front end of a configuration, built once."""
+    return LogMel(config)
+
+
+@torch.no_grad()
+def griffin_lim(frames_FM: torch.Tensor, config: MelConfig, iterations: int = 32) -> torch.Tensor:
+    """A waveform [samples] for log-mel frames [F, M] by Griffin and Lim's method; needs no training."""
+    front = log_mel(config)
+    inverse = torch.linalg.pinv(front.mel.mel_scale.fb.T)  # [bins, M]
+    spectrum = (inverse @ front.magnitudes(frames_FM).clamp(min=0).T).clamp(min=0)
+    transform = torchaudio.transforms.GriffinLim(
+        config.n_fft, n_iter=iterations, hop_length=config.hop_length, power=1.0, rand_init=False
+    )
+    return transform(spectrum)
+
+
+def save_wav(path: str | Path, wave: torch.Tensor, sample_rate: int) -> None:
+    """Write mono 16-bit WAV; samples beyond [-1, 1] are clipped."""
+    soundfile.write(str(path), wave.detach().float().clamp(-1, 1).cpu().numpy(), sample_rate, subtype="PCM_16")
+
+
+def spec_augment(frames_FM: torch.Tensor, rng: np.random.Generator, num_masks: int, width: int) -> torch.Tensor:
+    """Mask bands of frames and of mels (SpecAugment, Park et al., 2019) with random numbers of the sample's own."""
+    masked = frames_FM.clone()
+    F_, M = masked.shape
+    for _ in range(num_masks):
+        start, size = int(rng.integers(0, F_)), int(rng.integers(0, min(width, F_ // 8) + 1))
+        masked[start : start + size] = 0
+        start, size = int(rng.integers(0, M)), int(rng.integers(0, M // 6 + 1))
+        masked[:, start : start + size] = 0
+    return masked
+
+
+def forced_align(log_probs_FV: torch.Tensor, targets: list[int], blank: int) -> list[tuple[int, int]]:
+    """First and one-past-last frame of each target symbol on the best CTC path.
+
+    Args:
+        log_probs_FV: CTC log-probabilities of one utterance.
+        targets: its symbols, none blank.
+        blank: the blank symbol.
+
+    Raises:
+        ValueError: when the frames are too few for the symbols.
+    """
+    if len(targets) + sum(a == b for a, b in zip(targets, targets[1:], strict=False)) > len(log_probs_FV):
+        raise ValueError(f"{len(targets)} symbols do not fit into {len(log_probs_FV)} frames")
+    path, scores = torchaudio.functional.forced_align(
+        log_probs_FV[None].float().cpu(), torch.tensor([targets], dtype=torch.int32), blank=blank
+    )
+    spans = torchaudio.functional.merge_tokens(path[0], scores[0], blank=blank)
+    return [(span.start, span.end) for span in spans]

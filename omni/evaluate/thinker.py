@@ -1,0 +1,58 @@
+"""Stage A's figures: bits per byte and perplexity of held-out text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from omni.data.text import TextBatch
+from omni.metrics import Figure, ratio
+from omni.models.thinker import Thinker
+from omni.tokenizer import Tokenizer
+
+
+class TextLikelihood:
+    """Adds up how well a Thinker predicts text, window by window.
+
+    Bits per byte compare models with different vocabularies: the bits of all predicted tokens over the UTF-8 bytes
+    that these tokens stand for. The first token of a window is context, not prediction.
+    """
+
+    def __init__(self, thinker: Thinker, tokenizer: Tokenizer) -> None:
+        self.thinker = thinker
+        self.bytes_per_token = token_bytes(tokenizer)
+        self.nats: list[float] = []
+        self.bytes: list[float] = []
+        self.tokens: list[float] = []
+
+    @torch.no_grad()
+    def add(self, batch: TextBatch) -> None:
+        """Predict one batch of windows."""
+        states = self.thinker(self.thinker.embed(batch.tokens_BT)).final_BTD
+        logits = self.thinker.logits(states).float()
+        nats_BT = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none")
+        self.nats += nats_BT.sum(1).tolist()
+        self.bytes += [float(self.bytes_per_token[row].sum()) for row in batch.labels_BT.cpu().numpy()]
+        self.tokens += [batch.labels_BT.shape[1]] * len(batch.labels_BT)
+
+    def figures(self) -> dict[str, float]:
+        """Validation figures: loss in nats a token, perplexity, bits per byte."""
+        loss = sum(self.nats) / sum(self.tokens)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "bits_per_byte": self.bits_per_byte().value}
+
+    def bits_per_byte(self) -> Figure:
+        """With a bootstrap interval over windows."""
+        return ratio([nats / math.log(2) for nats in self.nats], self.bytes)
+
+    def perplexity(self) -> Figure:
+        """The exponential of the mean loss a token."""
+        loss = ratio(self.nats, self.tokens)
+        return Figure(math.exp(loss.value), loss.n, math.exp(loss.low), math.exp(loss.high))
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, [V]."""
+    return np.array([tokenizer.num_bytes(token) for token in range(tokenizer.vocab_size)], dtype=np.int64)

@@ -1,0 +1,93 @@
+"""Stage A of five: the Thinker, a language model trained from random weights.
+
+Why: everything the omni model will say about pictures and recordings, it says in language learned here.
+
+    python train_text.py --config configs/thinker_nano.json
+
+In: a UTF-8 text file, or a folder of ``*.txt`` (``data.train``; ``data.val``, or a share of it, ``data.val_split``).
+Out: ``tokenizer.model`` and ``thinker.pt`` in ``save_dir``.
+Evaluated by: bits per byte of held-out text (``omni eval --stage thinker``), beside a 5-gram model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from omni.config import PhaseConfig, StageConfig, to_dict
+from omni.data.manifest import hash_files
+from omni.data.stream import BatchStream, ordered_batches
+from omni.data.text import PackedText, TextBatch, learn_tokenizer, read_text, split_text, tokenize
+from omni.evaluate.thinker import TextLikelihood
+from omni.losses import next_token_loss_sum
+from omni.models.thinker import Thinker, ThinkerConfig
+from omni.runtime import Precision
+from omni.training_utils import Run, Stage, run_stage
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Where the text is."""
+
+    train: str
+    val: str | None = None
+    test: str | None = None  # for `omni eval`; by default the validation text
+    val_split: float = 0.05
+    vocab_size: int = 1024  # of the tokenizer; fewer on a small corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(StageConfig):
+    """Configuration of stage A."""
+
+    data: TextData
+    model: ThinkerConfig
+    train: PhaseConfig
+
+
+def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
+    """Next-token cross-entropy, summed."""
+    states = thinker(thinker.embed(batch.tokens_BT)).final_BTD
+    return {"tokens": next_token_loss_sum(thinker, states, batch.labels_BT)}
+
+
+def build(config: TextConfig, precision: Precision) -> Run:
+    """The Thinker and its one phase."""
+    text = read_text(config.data.train)
+    train_text, val_text = (
+        (text, read_text(config.data.val)) if config.data.val else split_text(text, config.data.val_split)
+    )
+    tokenizer = learn_tokenizer(train_text, config.data.vocab_size, config.save_dir / "cache")
+    model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    thinker = Thinker(model_config)
+
+    def train() -> Stage:
+        packed = [
+            PackedText(tokenize(part, tokenizer, config.save_dir / "cache"), model_config.ctx_len)
+            for part in (train_text, val_text)
+        ]
+
+        def evaluate(model: Thinker) -> dict[str, float]:
+            likelihood = TextLikelihood(model, tokenizer)
+            for batch in ordered_batches(packed[1], config.train.batch_size, config.run.val_batches):
+                likelihood.add(batch.to(precision.device))
+            return likelihood.figures()
+
+        stream = BatchStream(packed[0], config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        return Stage([thinker], stream, loss, evaluate, config.train, {"tokens": 1.0}, unit="tokens")
+
+    return Run(
+        kind="thinker",
+        model=thinker,
+        phases=[("train", train)],
+        model_config=to_dict(model_config),
+        assets={"tokenizer.model": tokenizer.model},
+        lineage={"tokenizer": tokenizer.hash, "data": hash_files(config.data.train, *filter(None, [config.data.val]))},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(TextConfig, build))
