@@ -1,0 +1,66 @@
+"""Stage B's figures: word and character error rates of recordings, and what the recognizer wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from omni.data.speech import Recordings, needed_steps, pad_frames, read_speech_manifest
+from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
+from omni.models.audio_encoder import AudioEncoder, greedy_transcripts
+from omni.tokenizer import Characters, spoken_text
+
+
+@dataclass
+class Recognition:
+    """Raw results: what was said and what was recognized, utterance by utterance."""
+
+    references: list[str]
+    hypotheses: list[str]
+
+    def wer(self) -> Figure:
+        """Word error rate."""
+        return word_error_rate(self.references, self.hypotheses)
+
+    def cer(self) -> Figure:
+        """Character error rate."""
+        return character_error_rate(self.references, self.hypotheses)
+
+
+@torch.no_grad()
+def transcribe(encoder: AudioEncoder, frames: Sequence[torch.Tensor], batch_size: int = 32) -> list[str]:
+    """Transcripts of log-mel frames [F, M], batched by length, returned in the given order."""
+    device = encoder.head.weight.device
+    order = sorted(range(len(frames)), key=lambda index: len(frames[index]))
+    texts = [""] * len(frames)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        frames_BFM, num_frames_B = pad_frames([frames[index] for index in indices])
+        output = encoder(frames_BFM.to(device), num_frames_B.to(device))
+        for index, text in zip(indices, greedy_transcripts(output), strict=True):
+            texts[index] = text
+    return texts
+
+
+def recognize_manifest(encoder: AudioEncoder, manifest: str | Path, limit: int | None = None) -> Recognition:
+    """Recognize every recording of a manifest (or the first ``limit``)."""
+    rows = read_speech_manifest(manifest)[:limit]
+    recordings = Recordings(rows, encoder.config.mel)
+    frames = [recordings.frames(index) for index in range(len(recordings))]
+    return Recognition([str(row.values["text"]) for row in rows], transcribe(encoder, frames))
+
+
+def infeasible(encoder: AudioEncoder, manifest: str | Path) -> Figure:
+    """Share of utterances with more characters than CTC steps can hold."""
+    rows = read_speech_manifest(manifest)
+    recordings = Recordings(rows, encoder.config.mel)
+    symbols = [Characters().encode(spoken_text(str(row.values["text"]))) for row in rows]
+    return ratio(
+        [
+            float(needed_steps(item) > encoder.num_steps(frames))
+            for item, frames in zip(symbols, recordings.num_frames, strict=True)
+        ]
+    )

@@ -1,0 +1,157 @@
+"""The audio encoder: log-mel frames to states for the Thinker, and to characters by CTC.
+
+The blocks work at 25 Hz, where attention is cheap; CTC needs more steps than that (English has about 15 characters a
+second, and a repeated character costs two steps), so every state emits ``steps_per_state`` CTC steps: 50 Hz by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from omni.audio import MelConfig
+from omni.config import Problem
+from omni.models.layers import (
+    Block,
+    RMSNorm,
+    RotaryPositions,
+    check_finite,
+    init_weights,
+    padding_mask,
+    scale_residual_outputs,
+)
+from omni.tokenizer import Characters
+
+
+@dataclass(frozen=True)
+class AudioEncoderConfig:
+    """Shape of an audio encoder."""
+
+    dim: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    hidden_dim: int = 512
+    conv_kernel: int = 15
+    reduction: int = 4  # mel frames a state: 100 Hz / 4 = 25 Hz
+    steps_per_state: int = 2  # CTC steps a state: 50 Hz
+    dropout: float = 0.1
+    mel: MelConfig = field(default_factory=MelConfig)
+
+    def problems(self) -> Iterator[Problem]:
+        """Shapes that cannot be built."""
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            yield Problem("dim", f"{self.dim} with {self.num_heads} heads", "an even multiple of num_heads")
+        if self.reduction not in (1, 2, 4, 8):
+            yield Problem("reduction", str(self.reduction), "1, 2, 4 or 8")
+        if self.steps_per_state < 1 or self.steps_per_state > self.reduction:
+            yield Problem("steps_per_state", str(self.steps_per_state), "from 1 to reduction")
+        if self.conv_kernel % 2 == 0:
+            yield Problem("conv_kernel", str(self.conv_kernel), "an odd width")
+
+
+@dataclass
+class AudioOutput:
+    """What the encoder gives for a batch.
+
+    Attributes:
+        states_BTD: states at ``frame_rate / reduction``, for the Thinker.
+        num_states_B: how many of them are not padding.
+        log_probs_BSV: CTC log-probabilities, ``steps_per_state`` steps a state.
+        num_steps_B: how many of those are not padding.
+    """
+
+    states_BTD: torch.Tensor
+    num_states_B: torch.Tensor
+    log_probs_BSV: torch.Tensor
+    num_steps_B: torch.Tensor
+
+
+class AudioEncoder(nn.Module):
+    """Convolutional reduction, bidirectional blocks with a depthwise convolution (as in Conformer), a CTC head."""
+
+    def __init__(self, config: AudioEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.mel.num_mels
+        convolutions: list[nn.Module] = []
+        for _ in range(config.reduction.bit_length() - 1):
+            convolutions.append(nn.Conv1d(width, config.dim, kernel_size=5, stride=2, padding=2))
+            width = config.dim
+        self.convolutions = nn.ModuleList(convolutions or [nn.Conv1d(width, config.dim, 5, padding=2)])
+        self.blocks = nn.ModuleList(
+            Block(
+                config.dim,
+                config.num_heads,
+                config.hidden_dim,
+                layer,
+                causal=False,
+                conv_kernel=config.conv_kernel,
+                dropout=config.dropout,
+            )
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim)
+        self.rotary = RotaryPositions(config.dim // config.num_heads)
+        self.head = nn.Linear(config.dim, config.steps_per_state * Characters.size)
+        init_weights(self)
+        scale_residual_outputs(self.blocks)
+
+    def num_states(self, num_frames_B: torch.Tensor) -> torch.Tensor:
+        """States for a number of mel frames."""
+        for _ in range(self.config.reduction.bit_length() - 1):
+            num_frames_B = (num_frames_B + 1) // 2
+        return num_frames_B
+
+    def num_steps(self, num_frames: int) -> int:
+        """CTC steps for a number of mel frames."""
+        return int(self.num_states(torch.tensor(num_frames))) * self.config.steps_per_state
+
+    def forward(self, frames_BFM: torch.Tensor, num_frames_B: torch.Tensor) -> AudioOutput:
+        """Encode normalized log-mel frames (:class:`omni.audio.LogMel`), padded to the longest.
+
+        Raises:
+            FloatingPointError: when the logits are not finite.
+        """
+        valid_BT = padding_mask(num_frames_B, frames_BFM.shape[1])
+        num_states_B = num_frames_B
+        x = frames_BFM.transpose(1, 2)
+        for convolution in self.convolutions:
+            # zero what is padding before every convolution, so that padding changes nothing
+            x = F.gelu(convolution(x * valid_BT[:, None].to(x.dtype)))
+            if self.config.reduction > 1:
+                num_states_B = (num_states_B + 1) // 2
+            valid_BT = padding_mask(num_states_B, x.shape[2])
+        x = x.transpose(1, 2)
+        rotary = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
+        mask = None if bool(valid_BT.all()) else valid_BT[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, rotary, mask, valid_BT=valid_BT)
+        states_BTD = self.norm(x)
+        logits = self.head(states_BTD).unflatten(-1, (self.config.steps_per_state, -1)).flatten(1, 2)
+        check_finite(logits, "the audio encoder's logits")
+        log_probs = logits.float().log_softmax(dim=-1)
+        return AudioOutput(states_BTD, num_states_B, log_probs, num_states_B * self.config.steps_per_state)
+
+
+def ctc_loss_sum(output: AudioOutput, symbols_BS: torch.Tensor, num_symbols_B: torch.Tensor) -> torch.Tensor:
+    """CTC loss (Graves et al., 2006) summed over utterances; infeasible ones must have been left out at load time."""
+    return F.ctc_loss(
+        output.log_probs_BSV.transpose(0, 1),
+        symbols_BS,
+        output.num_steps_B,
+        num_symbols_B,
+        blank=Characters.blank,
+        reduction="sum",
+    )
+
+
+def greedy_transcripts(output: AudioOutput) -> list[str]:
+    """The best CTC path of each utterance: repeats merged, blanks removed."""
+    characters, texts = Characters(), []
+    for path, steps in zip(output.log_probs_BSV.argmax(-1).cpu(), output.num_steps_B.tolist(), strict=True):
+        texts.append(characters.decode(torch.unique_consecutive(path[:steps]).tolist()))
+    return texts
