@@ -28,6 +28,7 @@ except (ImportError, OSError, RuntimeError) as error:
 
 # Level of every waveform (RMS over the louder half of its 20 ms frames): recordings differ 15-fold and more.
 _LEVEL = 0.08
+SILENCE = -1.8376  # normalized log-mel of digital silence: (log(1e-5) + 6) / 3
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ def log_mel(config: MelConfig) -> LogMel:
 
 @torch.no_grad()
 def griffin_lim(frames_FM: torch.Tensor, config: MelConfig, iterations: int = 32) -> torch.Tensor:
-    """A waveform [samples] for log-mel frames [F, M] by Griffin and Lim's method; needs no training."""
+    """A waveform [..., samples] for log-mel frames [..., F, M] by Griffin and Lim's method; needs no training."""
     front = log_mel(config)
     inverse = torch.linalg.pinv(front.mel.mel_scale.fb.T)  # [bins, M]
-    spectrum = (inverse @ front.magnitudes(frames_FM).clamp(min=0).T).clamp(min=0)
+    spectrum = (inverse @ front.magnitudes(frames_FM).clamp(min=0).transpose(-1, -2)).clamp(min=0)
     transform = torchaudio.transforms.GriffinLim(
         config.n_fft, n_iter=iterations, hop_length=config.hop_length, power=1.0, rand_init=False
     )

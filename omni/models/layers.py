@@ -1,4 +1,4 @@
-"""The only shared layers: RMSNorm, rotary positions, attention with a KV cache, SwiGLU, Block.
+"""The only shared layers: RMSNorm, rotary positions, attention with a KV cache, SwiGLU, ConvLayer, Block.
 
 Names and conventions are those of Qwen3 (half-split rotary positions, RMSNorm on queries and keys, no biases), so that
 a Thinker's weights load into the stock Hugging Face class.
@@ -161,6 +161,24 @@ class ConvModule(nn.Module):
             h = h * valid_BT[:, :, None].to(h.dtype)  # padding must not leak into its neighbours
         h = self.depthwise(h.transpose(1, 2)).transpose(1, 2)
         return self.out_proj(F.silu(self.out_norm(h)))
+
+
+class ConvLayer(nn.Module):
+    """Residual layer in the shape of ConvNeXt (Liu et al., 2022): mix in time, then in width."""
+
+    def __init__(self, dim: int, kernel: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.up_proj = nn.Linear(dim, hidden_dim)
+        self.down_proj = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Same shape; what is not valid is read as zeros, as at the ends."""
+        if valid_BT is not None:
+            x_BTD = x_BTD * valid_BT[:, :, None].to(x_BTD.dtype)
+        h = self.depthwise(x_BTD.transpose(1, 2)).transpose(1, 2)
+        return x_BTD + self.down_proj(F.gelu(self.up_proj(self.norm(h))))
 
 
 class Block(nn.Module):
