@@ -81,6 +81,7 @@ class Stage:
         weights: factor of each loss term.
         unit: what throughput counts; a key of ``batch.counts``.
         after_update: called after every accepted update, for state that is not trained by gradient.
+        after_skip: called when a batch was skipped, so that such state forgets it.
     """
 
     trains: list[nn.Module]
@@ -91,6 +92,7 @@ class Stage:
     weights: dict[str, float]
     unit: str
     after_update: Callable[[], None] | None = None
+    after_skip: Callable[[], None] | None = None
 
 
 @dataclass
@@ -372,6 +374,8 @@ class Loop:
         state = self.state
         state.skipped += 1
         state.skipped_in_a_row += 1
+        if self.stage.after_skip is not None:
+            self.stage.after_skip()
         record = {"phase": name, "step": state.step, "event": "skip", "why": problem, "rows": self.stage.stream.rows}
         self.metrics.write(record)
         log.warning("step %d: batch skipped: %s; rows %s", state.step, problem, self.stage.stream.rows[:8])
