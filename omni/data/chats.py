@@ -1,0 +1,254 @@
+"""Stage E's chats of the micro-world: one object a line, in the format of the dialogue manifests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni.data.lexicon import REQUESTS
+from omni.data.questions import CLOSED, Balance, Question, picture_questions, word_question, written_scene
+from omni.data.recordings import Recorder, Recording
+from omni.data.stories import TELLING, Turns, story_chat, talk, units
+from omni.data.world import Caption, Scene, World, normalize
+
+Line = dict[str, Any]
+
+# Shares of the question kinds. Over half of what is asked by voice needs the very words: sums, people, scenes.
+SPOKEN_KINDS = {
+    "add": 20, "subtract": 12, "person_color": 12, "person_object": 12, "who_has": 12, "scene_color": 5, "scene_shape": 5,
+    "scene_size": 3, "scene_place": 3, "scene_relation": 5, **dict.fromkeys(CLOSED, 2),
+}  # fmt: skip
+WRITTEN_KINDS = {
+    "add": 14, "subtract": 10, "person_color": 8, "person_object": 8, "who_has": 8, "scene": 28, **dict.fromkeys(CLOSED, 4),
+}  # fmt: skip
+ANSWERED_ALOUD = {
+    "add": 22, "subtract": 12, "person_color": 12, "person_object": 12, "who_has": 12, **dict.fromkeys(CLOSED, 5),
+}  # fmt: skip
+# A thing above another is asked for by its whole name, which is long: fewer of these
+PICTURE_WEIGHTS = {"neighbor": 0.4}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn scene and its caption."""
+
+    image: str
+    scene: Scene
+    caption: Caption
+
+
+@dataclass
+class Chats:
+    """Makes the chats of one split; `avoid` holds what may not be said in it (see `units`)."""
+
+    world: World
+    recorder: Recorder
+    split: str
+    voices: Iterator[str]
+    avoid: set[str]
+    lines: list[Line] = field(default_factory=list)
+    texts: set[str] = field(default_factory=set)  # the questions of this split, normalized
+    spoken: list[tuple[Question, Recording]] = field(default_factory=list)
+    picture_recordings: list[Recording] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(f"{self.world.seed}/chats/{self.split}")
+
+    def add(
+        self, task: str, template: str | list[str], held_out: str, turns: Sequence[tuple[Any, str]], **more: Any
+    ) -> None:
+        """Append one chat; nothing is held out in training."""
+        messages = []
+        for said, answer in turns:
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        held_out = "none" if self.split == "train" else held_out
+        self.lines.append({"task": task, "template": template, "held_out": held_out, **more, "messages": messages})
+
+    # ------------------------------------------------------------------------------------------------------- in words
+
+    def draw(self, balance: Balance, kind: str, spoken: bool) -> Question:
+        """Draw a question that is new in a test, and in training none of the tests'."""
+        options: list[Question] = []
+        for _ in range(2000):
+            question = self._question(kind, spoken)
+            if self._is_new(question):
+                options.append(question)
+                if len(options) == 6:
+                    break
+        if not options:
+            raise RuntimeError(f"no question of kind {kind!r} is left for {self.split}")
+        chosen = balance.pick(self.rng, options)
+        self.texts.add(unit(chosen.full_text))
+        return chosen
+
+    def _is_new(self, question: Question) -> bool:
+        """Say whether a test has not asked this yet, or whether training may ask and answer it."""
+        if self.split == "train":
+            return not (units(question.full_text) | units(question.sentence)) & self.avoid
+        return unit(question.full_text) not in self.texts | self.avoid
+
+    def _question(self, kind: str, spoken: bool) -> Question:
+        if kind != "scene":
+            return word_question(self.world, self.rng, kind, self.split, spoken)
+        context, asked = written_scene(self.world, self.rng, self.split)
+        question = self.rng.choice(asked[self.rng.choice(sorted(asked))])
+        return Question(f"scene_{question.template}", question.text, question.answer, context, held_out="scene")
+
+    def text_qa(self, count: int) -> None:
+        """Ask in writing."""
+        balance, self.texts = Balance(), set()
+        for kind in deal(self.rng, WRITTEN_KINDS, count):
+            question = self.draw(balance, kind, spoken=False)
+            self.add("text_qa", question.template, question.held_out, [(question.full_text, question.answer)])
+
+    def speech_qa(self, count: int) -> None:
+        """Ask by voice; the recording is the whole turn."""
+        balance, self.texts = Balance(), set()
+        for kind in deal(self.rng, SPOKEN_KINDS, count):
+            question = self.draw(balance, kind, spoken=True)
+            recording = self.recorder.record(f"{self.split}_question", question.full_text, next(self.voices))
+            self.spoken.append((question, recording))
+            turn = [audio(recording)], question.answer
+            self.add("speech_qa", question.template, question.held_out, [turn], transcript=recording.text)
+
+    def speech_out(self, count: int, answer_in: Callable[[str], Recording] | None) -> None:
+        """Ask, half of the time by voice, for an answer to be spoken; `answer_in` records the answers of training."""
+        balance, self.texts = Balance(), set()
+        spoken = [(question, recording) for question, recording in self.spoken if question.sentence][: count // 2]
+        asked: list[tuple[Question, Recording | None]] = [*spoken]
+        for kind in deal(self.rng, ANSWERED_ALOUD, count - len(spoken)):
+            asked.append((self.draw(balance, kind, spoken=False), None))
+        for question, recording in asked:
+            aloud = REQUESTS["aloud"]
+            said: Any = f"{question.full_text} {aloud}"
+            more: dict[str, Any] = {"speak": True, "answer": question.answer}
+            if recording is not None:
+                said = [audio(recording), {"type": "text", "text": aloud}]
+                more["transcript"] = recording.text
+            if answer_in is not None:
+                spoken_answer = answer_in(question.sentence)
+                more |= {"answer_audio": f"../audio/{spoken_answer.wav}", "speaker": spoken_answer.speaker}
+            self.add("speech_out", question.template, question.held_out, [(said, question.sentence)], **more)
+
+    def text_chat(self, count: int) -> None:
+        """Greet, talk and tell stories."""
+        self.texts = set()
+        for kind in deal(self.rng, {"greeting": 25, "small_talk": 25, "story": 50}, count):
+            turns = self._talk(kind)
+            self.texts |= {normalize(said) for said, _ in turns}
+            self.add("text_chat", kind, "sentence", turns)
+
+    def _talk(self, kind: str) -> Turns:
+        while True:
+            turns = story_chat(self.world, self.rng) if kind == "story" else talk(self.world, self.rng, kind)
+            if self.split == "train":
+                if kind != "story" and self.rng.random() < 0.3:
+                    turns += talk(self.world, self.rng, "small_talk")
+                if not any(units(part) & self.avoid for turn in turns for part in turn):
+                    return turns
+            elif (
+                normalize(turns[0][0]) not in self.texts | self.avoid and set(normalize(turns[0][0]).split()) & TELLING
+            ):
+                return turns
+
+    def asr(self, recordings: Sequence[Recording]) -> None:
+        """Ask for a transcript."""
+        for recording in recordings:
+            said = [audio(recording), {"type": "text", "text": REQUESTS["asr"]}]
+            self.add("asr", "asr", "sentence", [(said, recording.text)], transcript=recording.text)
+
+    # ----------------------------------------------------------------------------------------------------- of pictures
+
+    def caption(self, pictures: Sequence[Picture]) -> None:
+        """Ask for a description."""
+        for picture in pictures:
+            said = [image(picture), {"type": "text", "text": REQUESTS["caption"]}]
+            self.add("caption", "caption", "scene", [(said, picture.caption.text)])
+
+    def image_chats(self, pictures: Sequence[Picture]) -> None:
+        """Ask four questions about each picture, of different templates: dense questions teach more than many pictures."""
+        balance = Balance()
+        for picture in pictures:
+            asked = picture_questions(self.world, self.rng, picture.scene)
+            order = sorted(asked, key=lambda name: -(self.rng.random() ** (1 / PICTURE_WEIGHTS.get(name, 1.0))))
+            order.sort(key=lambda name: not any(balance.admits(option) for option in asked[name]))
+            chosen = [balance.pick(self.rng, asked[name]) for name in order[:4]]
+            self.rng.shuffle(chosen)
+            turns: list[tuple[Any, str]] = [(question.text, question.answer) for question in chosen]
+            turns[0] = ([image(picture), {"type": "text", "text": chosen[0].text}], chosen[0].answer)
+            self.add("image_qa", [question.template for question in chosen], "none", turns)
+
+    def image_qa(self, pictures: Sequence[Picture], count: int, combination: bool = False) -> None:
+        """Ask one question a picture, the answers of each template balanced."""
+        held_out = "combination" if combination else "scene"
+        for picture, question in self._one_question_each(pictures, count, combination):
+            said = [image(picture), {"type": "text", "text": question.text}]
+            self.add("image_qa", question.template, held_out, [(said, question.answer)])
+
+    def image_speech_qa(self, pictures: Sequence[Picture], count: int, distinct: int) -> None:
+        """Ask by voice about a picture; some pictures share a recording, so that there are fewer of these."""
+        known: dict[str, list[Recording]] = {}
+        for picture, question in self._one_question_each(pictures, count, combination=False):
+            own = known.setdefault(question.text, [])
+            if not own or len(self.picture_recordings) < distinct and len(own) < 3:
+                own.append(self.recorder.record(f"{self.split}_picture", question.text, next(self.voices)))
+                self.picture_recordings.append(own[-1])
+            recording = self.rng.choice(own)
+            said = [image(picture), audio(recording)]
+            turn = said, question.answer
+            self.add("image_speech_qa", question.template, "scene", [turn], transcript=recording.text)
+
+    def _one_question_each(
+        self, pictures: Sequence[Picture], count: int, combination: bool
+    ) -> Iterator[tuple[Picture, Question]]:
+        """Choose picture and question together: of forty pictures, one whose answer the template needs."""
+        balance, pool = Balance(), list(pictures)
+        weights = {name: PICTURE_WEIGHTS.get(name, 1.0) for name in _TEMPLATES}
+        for template in deal(self.rng, weights, count):
+            self.rng.shuffle(pool)
+            options: dict[Question, Picture] = {}
+            for i, picture in enumerate(pool):
+                if i >= 40 and options:
+                    break
+                focus = self.world.held_out_things(picture.scene) if combination else ()
+                asked = picture_questions(
+                    self.world, self.rng, picture.scene, seen_only=not combination, focus=focus, templates=(template,)
+                )
+                options |= {question: picture for question in asked.get(template, ())}
+            question = balance.pick(self.rng, options)
+            picture = options[question]
+            pool.remove(picture)
+            if not pool:
+                pool = list(pictures)
+            yield picture, question
+
+
+_TEMPLATES = ("count", "color", "shape", "size", "place", "exists", "relation", "at_place", "neighbor")
+
+
+def unit(text: str) -> str:
+    """Return a question or sentence as it is compared across manifests."""
+    return normalize(text.removeprefix("scene: "))
+
+
+def audio(recording: Recording) -> dict[str, str]:
+    """Return a recording as a part of a turn."""
+    return {"type": "audio", "audio": f"../audio/{recording.wav}"}
+
+
+def image(picture: Picture) -> dict[str, str]:
+    """Return a picture as a part of a turn."""
+    return {"type": "image", "image": f"../images/{picture.image}"}
+
+
+def deal(rng: random.Random, weights: Mapping[str, float], count: int) -> list[str]:
+    """Return kinds in the shares of their weights, in random order."""
+    kinds: list[str] = []
+    total, due = sum(weights.values()), 0.0
+    for kind, weight in weights.items():
+        due += weight * count / total
+        kinds += [kind] * (round(due) - len(kinds))
+    rng.shuffle(kinds)
+    return kinds

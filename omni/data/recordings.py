@@ -1,0 +1,47 @@
+"""What is to be recorded, and the rows of the speech manifests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+from omni.data.espeak import Job
+from omni.data.world import key
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One row of a speech manifest; the path is relative to the folder of the manifests."""
+
+    wav: str
+    text: str
+    speaker: str
+
+
+@dataclass
+class Recorder:
+    """Collects utterances; each gets a file name at once, and its sound when all are known."""
+
+    folder: Path
+    seed: int
+    jobs: list[Job] = field(default_factory=list)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def record(self, group: str, text: str, voice: str, vary: bool = True) -> Recording:
+        """Plan a recording `wavs/<group>_<number>.wav`; `vary`: up to 8 % slower or faster than the voice's own rate."""
+        number = self._counts.get(group, 0)
+        self._counts[group] = number + 1
+        wav = f"wavs/{group}_{number:05d}.wav"
+        scale = 1 + 0.16 * (key(self.seed, "rate", voice, text) - 0.5) if vary else 1.0
+        noise_seed = int(key(self.seed, "noise", voice, text) * 2**31)
+        self.jobs.append(Job(text, voice, str((self.folder / wav).absolute()), scale, noise_seed))
+        return Recording(wav, text, voice)
+
+
+def turns_of(voices: Sequence[str], rng: random.Random) -> Iterator[str]:
+    """Yield voices for ever, each equally often, in an order without a pattern."""
+    rounds = (rng.sample(list(voices), len(voices)) for _ in cycle((0,)))
+    return (voice for order in rounds for voice in order)
