@@ -46,7 +46,9 @@ def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]
         torch.save(tensors, temporary)
         head = {"format": FORMAT, "sha256": _digest(temporary), **summary}
         with zipfile.ZipFile(temporary, "a") as archive:
-            archive.writestr(_SUMMARY, json.dumps(head))
+            # beside the other members: torch.load refuses an archive with a member outside of its one folder
+            folder = archive.namelist()[0].partition("/")[0]
+            archive.writestr(f"{folder}/{_SUMMARY}", json.dumps(head))
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
@@ -66,9 +68,11 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            summary = json.loads(archive.read(_SUMMARY))
+            summary = json.loads(archive.read(next(name for name in archive.namelist() if _is_summary(name))))
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except StopIteration:
+        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint (it has no {_SUMMARY})") from None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise DamagedCheckpointError(f"{path}: not a whole μOmni checkpoint ({error})") from None
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
@@ -212,12 +216,16 @@ def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
     return handle
 
 
+def _is_summary(member: str) -> bool:
+    return member.rpartition("/")[2] == _SUMMARY
+
+
 def _digest(path: Path) -> str:
     """SHA-256 over names and contents of every member but the summary."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.filename == _SUMMARY:
+            if _is_summary(member.filename):
                 continue
             digest.update(member.filename.encode())
             with archive.open(member) as stream:
