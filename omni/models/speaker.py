@@ -6,6 +6,7 @@ anybody can be given to it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class SpeakerEncoder(nn.Module):
         widths = [config.num_mels, *[config.dim] * config.num_layers]
         self.convolutions = nn.ModuleList(
             nn.Conv1d(inside, outside, kernel_size=5, stride=2 if number < 2 else 1, padding=2)
-            for number, (inside, outside) in enumerate(zip(widths, widths[1:], strict=False))
+            for number, (inside, outside) in enumerate(itertools.pairwise(widths))
         )
         self.out_proj = nn.Linear(2 * config.dim, config.embedding_dim)
         init_weights(self, std=(2 * config.dim) ** -0.5)

@@ -26,9 +26,8 @@ from omni.models.layers import (
     padding_mask,
     scale_residual_outputs,
 )
+from omni.timing import NUM_PLACE_FEATURES, FramePlan, TalkerText
 from omni.tokenizer import Characters
-
-NUM_PLACE_FEATURES = 4
 
 
 @dataclass(frozen=True)
@@ -66,40 +65,6 @@ class TalkerConfig:
 
 
 @dataclass
-class TalkerText:
-    """What is to be spoken, for a batch.
-
-    Attributes:
-        symbols_BC: characters of pauses and words in turn (:mod:`omni.speech_text`), padded.
-        unit_BC: the unit (pause or word) that each character belongs to; the number of units at padding.
-        speaker_BE: unit vector of the speaker.
-        states_BUD: state of the Thinker for each unit, or None.
-        has_states_B: False for the rows that have none.
-    """
-
-    symbols_BC: torch.Tensor
-    unit_BC: torch.Tensor
-    speaker_BE: torch.Tensor
-    states_BUD: torch.Tensor | None = None
-    has_states_B: torch.Tensor | None = None
-
-
-@dataclass
-class FramePlan:
-    """Where each code frame stands in the text.
-
-    Attributes:
-        character_BT: its character.
-        place_BTJ: its place in the unit and in the character, and how long both are.
-        num_frames_B: frames of each row.
-    """
-
-    character_BT: torch.Tensor
-    place_BTJ: torch.Tensor
-    num_frames_B: torch.Tensor
-
-
-@dataclass
 class TalkerOutput:
     """Teacher-forced predictions.
 
@@ -121,9 +86,8 @@ class Talker(nn.Module):
         dim = config.dim
         self.characters = nn.Embedding(Characters.size, dim)
         self.speaker_proj = nn.Linear(speaker_dim, dim)
-        self.state_proj = nn.Sequential(RMSNorm(config.state_dim), nn.Linear(config.state_dim, dim, bias=False))
-        if config.state_dim == 0:
-            self.state_proj = nn.Sequential()
+        states = [RMSNorm(config.state_dim), nn.Linear(config.state_dim, dim, bias=False)] if config.state_dim else []
+        self.state_proj = nn.Sequential(*states)
         self.text_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(config.text_layers))
         self.text_convolutions = nn.ModuleList(
             nn.Conv1d(dim, dim, config.text_kernel, padding=config.text_kernel // 2) for _ in range(config.text_layers)
@@ -147,12 +111,12 @@ class Talker(nn.Module):
             for _ in range(num_codebooks - 1)
         )
         init_weights(self)
-        for embedding in (self.characters, *self.previous, *self.depth_codes):
+        for embedding in (part for part in self.modules() if isinstance(part, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.1)
         nn.init.normal_(self.speaker_proj.weight, std=0.5)  # of unit vectors: entries are small
-        nn.init.normal_(self.place_proj[0].weight, std=1.0)
-        nn.init.normal_(self.place_proj[2].weight, std=dim**-0.5)
-        nn.init.normal_(self.text_proj.weight, std=dim**-0.5)
+        for part in (*self.place_proj, self.text_proj):
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=part.in_features**-0.5)
         scale_residual_outputs(self.blocks)
 
     # ---- text and timing ----
@@ -209,7 +173,7 @@ class Talker(nn.Module):
         x = condition_BTD + sum(table(previous_BTK[..., k]) for k, table in enumerate(self.previous))
         positions_T = torch.arange(start, start + T, device=x.device)
         mask = None
-        if cache is None and T > self.config.window:
+        if cache is None and self.config.window < T:
             back = positions_T[:, None] - positions_T[None, :]
             mask = ((back >= 0) & (back < self.config.window))[None, None]
         rotary = self.rotary(positions_T[None])
@@ -246,47 +210,6 @@ class Talker(nn.Module):
     def shift(self, codes_BTK: torch.Tensor) -> torch.Tensor:
         """The codes of the frame before each frame; before the first there is none."""
         return F.pad(codes_BTK[:, :-1], (0, 0, 1, 0), value=self.codebook_size)
-
-
-# ---- timing as numbers ----
-
-
-def round_durations(durations_U: torch.Tensor, is_word_U: torch.Tensor) -> torch.Tensor:
-    """Whole frames of each unit, rounded by the running sum so that the total is kept; a word has at least one."""
-    kept = torch.where(is_word_U, durations_U.double().clamp(min=1.0), durations_U.double().clamp(min=0.0))
-    ends = (kept.cumsum(0) + 0.5).floor().long()
-    return torch.diff(ends, prepend=ends.new_zeros(1))
-
-
-def plan_frames(characters_U: torch.Tensor, durations_U: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Character [T] and place features [T, J] of every frame of one sentence.
-
-    Args:
-        characters_U: characters of each unit.
-        durations_U: frames of each unit, whole numbers.
-    """
-    unit_T = torch.repeat_interleave(durations_U)
-    starts_U = durations_U.cumsum(0) - durations_U
-    first_U = characters_U.cumsum(0) - characters_U
-    frames_T, size_T = durations_U[unit_T].float(), characters_U[unit_T].float()
-    place_T = (torch.arange(len(unit_T)) - starts_U[unit_T] + 0.5) / frames_T
-    in_unit_T = (place_T * size_T).floor().clamp(max=size_T - 1)
-    character_T = first_U[unit_T] + in_unit_T.long()
-    # the logarithms are brought to the size of the other two
-    features = [place_T, place_T * size_T - in_unit_T, (frames_T / size_T).log() / 2, frames_T.log() / 4]
-    return character_T, torch.stack(features, dim=-1)
-
-
-def plan_batch(plans: list[tuple[torch.Tensor, torch.Tensor]], multiple: int = 1) -> FramePlan:
-    """Pad the plans of several sentences."""
-    sizes_B = torch.tensor([len(character_T) for character_T, _ in plans])
-    longest = -(-int(sizes_B.max()) // multiple) * multiple
-    character_BT = torch.zeros(len(plans), longest, dtype=torch.long)
-    place_BTJ = torch.zeros(len(plans), longest, NUM_PLACE_FEATURES)
-    for row, (character_T, place_TJ) in enumerate(plans):
-        character_BT[row, : len(character_T)] = character_T
-        place_BTJ[row, : len(place_TJ)] = place_TJ
-    return FramePlan(character_BT, place_BTJ, sizes_B)
 
 
 @dataclass

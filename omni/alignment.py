@@ -1,0 +1,110 @@
+"""Recordings as the Talker learns them: when each word is spoken (stage B's alignment), codes, states, embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from omni.data.speech import needed_steps, pad_frames
+from omni.data.voices import Aligned, Voices
+from omni.generate_speech import embed_speakers, word_states
+from omni.models.audio_encoder import AudioEncoder
+from omni.models.speech import SpeechModel
+from omni.models.thinker import Thinker
+from omni.runtime import log
+from omni.speech_text import spoken_words, units
+from omni.timing import unit_durations, word_spans
+from omni.tokenizer import Characters, Tokenizer
+
+Spans = list[tuple[float, float]]  # first and one-past-last mel frame of each word
+_LONGEST_EDGE_SECONDS = 0.2  # of silence kept before the first and after the last word
+
+
+def align(encoder: AudioEncoder, voices: Voices, cache: Path, encoder_hash: str) -> list[Spans | None]:
+    """The words of every recording in time, None where they do not fit; computed once and kept in ``cache``."""
+    digest = hashlib.sha256(encoder_hash.encode())
+    for index in range(len(voices)):
+        digest.update(f"{voices.text(index)}\n{voices.recordings.num_frames[index]}\n".encode())
+    path = cache / f"alignment-{digest.hexdigest()[:16]}.json"
+    if path.exists():
+        return [None if spans is None else [(a, b) for a, b in spans] for spans in json.loads(path.read_text())]
+    found = _align(encoder, voices)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found))
+    partial.replace(path)
+    return found
+
+
+@torch.no_grad()
+def _align(encoder: AudioEncoder, voices: Voices, batch_size: int = 32) -> list[Spans | None]:
+    order = sorted(range(len(voices)), key=lambda index: voices.recordings.num_frames[index])
+    found: list[Spans | None] = [None] * len(voices)
+    characters, device = Characters(), encoder.head.weight.device
+    for first in range(0, len(order), batch_size):
+        picked = order[first : first + batch_size]
+        frames_BFM, sizes_B = pad_frames([voices.frames(index) for index in picked])
+        output = encoder(frames_BFM.to(device), sizes_B.to(device))
+        log_probs_BSV = output.log_probs_BSV.cpu()
+        for row, (index, steps) in enumerate(zip(picked, output.num_steps_B.tolist(), strict=True)):
+            words = [word.letters for word in spoken_words(voices.text(index))]
+            if words and needed_steps(characters.encode(" ".join(words))) <= steps:
+                found[index] = word_spans(voices.frames(index), log_probs_BSV[row, :steps], words)
+    return found
+
+
+def sentences(
+    model: SpeechModel, voices: Voices, spans: Sequence[Spans | None], mind: tuple[Thinker, Tokenizer] | None, name: str
+) -> list[Aligned]:
+    """Codes, durations and the Thinker's states of every recording whose words fit into it; the others are counted."""
+    reduction = model.config.codec.reduction
+    edge = round(_LONGEST_EDGE_SECONDS * model.code_rate)
+    codes, result = encode_recordings(model, voices), []
+    for index, words_spans in enumerate(spans):
+        if words_spans is None:
+            continue
+        timing = unit_durations(words_spans, len(codes[index]), reduction, edge)
+        if timing is None:
+            continue
+        first, durations = timing
+        words = spoken_words(voices.text(index))
+        states_UD = None
+        if mind is not None:
+            states_UD = word_states(*mind, voices.text(index), words, model.config.thinker_layer).float().cpu()
+        codes_TK = codes[index][first : first + sum(durations)]
+        result.append(Aligned(index, units(words), durations, codes_TK, states_UD))
+    if len(result) < len(voices):
+        log.warning(
+            "%s: the words of %d of %d recordings do not fit into them and are left out",
+            name, len(voices) - len(result), len(voices),
+        )  # fmt: skip
+    return result
+
+
+@torch.no_grad()
+def encode_recordings(model: SpeechModel, voices: Voices, batch_size: int = 32) -> list[torch.Tensor]:
+    """Codes [T, K] of every recording."""
+    order = sorted(range(len(voices)), key=lambda index: voices.recordings.num_frames[index])
+    codes = [torch.empty(0)] * len(voices)
+    for first in range(0, len(order), batch_size):
+        picked = order[first : first + batch_size]
+        frames_BFM, sizes_B = pad_frames([voices.frames(index) for index in picked], multiple=16)
+        found_BTK = model.codec.encode(frames_BFM.to(model.device), sizes_B.to(model.device)).cpu()
+        for row, index in enumerate(picked):
+            codes[index] = found_BTK[row, : int(model.codec.num_codes(sizes_B[row]))]
+    return codes
+
+
+def speaker_embeddings(model: SpeechModel, voices: Voices) -> torch.Tensor:
+    """Embeddings [N, E] of every recording, on the CPU."""
+    return embed_speakers(model, [voices.frames(index) for index in range(len(voices))]).cpu()
+
+
+def mean_embeddings(voices: Voices, embeddings_NE: torch.Tensor) -> torch.Tensor:
+    """The mean unit embedding of each speaker, in the order of ``voices.names``."""
+    means = torch.stack([embeddings_NE[voices.of(name)].mean(0) for name in voices.names])
+    return torch.nn.functional.normalize(means, dim=-1)

@@ -1,0 +1,195 @@
+"""Stage D of five: speech output, trained from random weights: codec, vocoder and speaker encoder, Talker.
+
+Why: the codec gives speech an alphabet, the Talker writes in it what the Thinker says, the vocoder makes it sound.
+
+    python train_talker.py --config configs/talker_nano.json
+
+In: a CSV with the columns wav,text[,speaker] (``data.train``; ``data.val``, or a share of it, ``data.val_split``),
+stage B's ``audio_enc.pt`` (``audio_ckpt``: it says when each word is spoken, and grades) and, for the Talker to know
+what the Thinker knows, stage A's ``thinker.pt`` (``thinker_ckpt``).
+Out: ``talker.pt`` in ``save_dir``.
+Evaluated by: the character error rate of generated sentences beside their recordings' (``omni eval --stage talker``),
+reconstruction and use of the codes (``omni eval --stage codec``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from omni.alignment import align, mean_embeddings, sentences, speaker_embeddings
+from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
+from omni.config import PhaseConfig, Problem, StageConfig, from_dict, to_dict
+from omni.data.manifest import hash_files, split_rows
+from omni.data.speech import read_speech_manifest
+from omni.data.stream import BatchStream, ordered_batches
+from omni.data.voices import CropBatch, Crops, SentenceBatch, Sentences, VoiceBatch, VoiceCrops, Voices
+from omni.evaluate.talker import Mind, grade_samples, validate_codec, validate_talker, validate_vocoder
+from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
+from omni.models.speaker import speaker_loss_sum
+from omni.models.speech import SpeechConfig, SpeechModel, filled_in
+from omni.models.talker import talker_losses
+from omni.models.thinker import Thinker, ThinkerConfig
+from omni.models.vocoder import spectral_loss_sum
+from omni.runtime import Precision
+from omni.tokenizer import Tokenizer
+from omni.training_utils import Run, Stage, run_stage
+
+
+@dataclass(frozen=True)
+class VoiceData:
+    """Where the recordings are, and how they are cut."""
+
+    train: str
+    val: str | None = None
+    test: str | None = None  # seen voices, unseen sentences; for `omni eval`
+    test_words: str | None = None  # sentences with words never heard in training
+    test_voices: str | None = None  # unseen voices
+    val_split: float = 0.05
+    codec_frames: int = 96  # of a crop, at 100 a second
+    vocoder_frames: int = 48
+    speaker_frames: int = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechStageConfig(StageConfig):
+    """Configuration of stage D."""
+
+    data: VoiceData
+    audio_ckpt: str
+    thinker_ckpt: str | None = None
+    use_thinker_states: bool = True
+    val_sentences: int = 16  # generated and graded at each validation of the Talker
+    model: SpeechConfig = field(default_factory=SpeechConfig)
+    codec: PhaseConfig
+    vocoder: PhaseConfig
+    talker: PhaseConfig
+
+    def problems(self) -> Iterator[Problem]:
+        """Crops that cannot be coded."""
+        for key in ("codec_frames", "vocoder_frames"):
+            if getattr(self.data, key) % self.model.codec.reduction:
+                expected = f"a multiple of model.codec.reduction ({self.model.codec.reduction})"
+                yield Problem(f"data.{key}", str(getattr(self.data, key)), expected)
+
+
+def codec_loss(model: SpeechModel, batch: CropBatch) -> dict[str, torch.Tensor]:
+    """L1 between true and decoded log-mel frames; distance of the encoder's vectors to their codes."""
+    output = model.codec(batch.frames_BFM)
+    mel = (output.frames_BFM.float() - batch.frames_BFM).abs().mean(-1).sum()
+    return {"mel": mel, "commitment": output.commitment_sum * model.config.codec.reduction}
+
+
+def vocoder_loss(model: SpeechModel, batch: VoiceBatch) -> dict[str, torch.Tensor]:
+    """Spectral loss of the waveform, half of the frames decoded from codes; contrastive loss of the speakers."""
+    half = len(batch.frames_BFM) // 2
+    with torch.no_grad():
+        decoded = model.codec(batch.frames_BFM[:half]).frames_BFM.float()
+    wave_BS = model.vocoder(torch.cat([decoded, batch.frames_BFM[half:]]))
+    pair = model.speaker(batch.first_BFM), model.speaker(batch.second_BFM)
+    return {
+        "spectrum": spectral_loss_sum(wave_BS, batch.wave_BS),
+        "speakers": speaker_loss_sum(model.speaker, *pair, batch.speaker_B),
+    }
+
+
+def talker_loss(model: SpeechModel, batch: SentenceBatch) -> dict[str, torch.Tensor]:
+    """Cross-entropy of the codes and of the stop, error of the durations."""
+    losses = talker_losses(model.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU)
+    return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
+
+
+def load_encoder(config: SpeechStageConfig, precision: Precision) -> AudioEncoder:
+    """Stage B's encoder, frozen."""
+    tensors, summary = load_input(config.audio_ckpt, "audio_enc", "python train_audio_enc.py --config ...")
+    encoder = AudioEncoder(from_dict(AudioEncoderConfig, summary["model_config"], config.audio_ckpt))
+    load_weights(encoder, tensors["weights"], config.audio_ckpt)
+    return encoder.requires_grad_(False).eval().to(precision.device)
+
+
+def load_mind(config: SpeechStageConfig, precision: Precision) -> Mind | None:
+    """Stage A's Thinker, frozen, and its tokenizer; None where the Talker shall do without."""
+    if config.thinker_ckpt is None or not config.use_thinker_states:
+        return None
+    tensors, summary = load_input(config.thinker_ckpt, "thinker", "python train_text.py --config ...")
+    thinker = Thinker(from_dict(ThinkerConfig, summary["model_config"], config.thinker_ckpt))
+    load_weights(thinker, tensors["weights"], config.thinker_ckpt)
+    tokenizer = Tokenizer(as_bytes(tensors["assets"]["tokenizer.model"]))
+    return thinker.requires_grad_(False).eval().to(precision.device), tokenizer
+
+
+def build(config: SpeechStageConfig, precision: Precision) -> Run:
+    """One module with four parts, and its three phases."""
+    rows = read_speech_manifest(config.data.train)
+    encoder, mind = load_encoder(config, precision), load_mind(config, precision)
+    if config.data.val:
+        parts = rows, read_speech_manifest(config.data.val)
+    else:
+        parts = split_rows(rows, config.data.val_split)
+    training, validation = (Voices(part, config.model.mel) for part in parts)
+    model_config = filled_in(config.model, training.names, mind[0].config if mind else None)
+    model, run = SpeechModel(model_config), config.run
+
+    def evaluation(function: Callable[..., dict[str, float]], samples: Crops | VoiceCrops | Sentences) -> Callable:
+        def evaluate(model: SpeechModel) -> dict[str, float]:
+            batches = ordered_batches(samples, 16, run.val_batches)
+            return function(model, (batch.to(precision.device) for batch in batches))
+
+        return evaluate
+
+    def codec() -> Stage:
+        stream = BatchStream(
+            Crops(training, config.data.codec_frames), config.codec.batch_size, run.seed, num_workers=run.num_workers
+        )
+        quantizer = model.codec.quantizer
+        return Stage(
+            [model.codec], stream, codec_loss, evaluation(validate_codec, Crops(validation, config.data.codec_frames)),
+            config.codec, {"mel": 1.0, "commitment": 0.25}, "frames", quantizer.update, quantizer.discard,
+        )  # fmt: skip
+
+    def vocoder() -> Stage:
+        samples = [
+            VoiceCrops(part, config.data.vocoder_frames, config.data.speaker_frames) for part in (training, validation)
+        ]
+        stream = BatchStream(samples[0], config.vocoder.batch_size, run.seed, num_workers=run.num_workers)
+        return Stage(
+            [model.vocoder, model.speaker], stream, vocoder_loss, evaluation(validate_vocoder, samples[1]),
+            config.vocoder, {"spectrum": 1.0, "speakers": 0.5}, "crops",
+        )  # fmt: skip
+
+    def talker() -> Stage:
+        cache, encoder_hash = config.save_dir / "cache", fingerprint(Path(config.audio_ckpt))
+        parts = []
+        for part, name in ((training, "training"), (validation, "validation")):
+            aligned = sentences(model, part, align(encoder, part, cache, encoder_hash), mind, name)
+            parts.append(Sentences(part, aligned, speaker_embeddings(model, part)))
+        model.voices_NE.copy_(mean_embeddings(training, parts[0].embeddings_NE))
+        likelihood = evaluation(validate_talker, parts[1])
+
+        def evaluate(model: SpeechModel) -> dict[str, float]:
+            return likelihood(model) | grade_samples(model, encoder, validation, mind, config.val_sentences)
+
+        stream = BatchStream(parts[0], config.talker.batch_size, run.seed, parts[0].lengths, run.num_workers)
+        weights = {"codes": 1.0, "stop": 0.1, "durations": 1.0}
+        return Stage([model.talker], stream, talker_loss, evaluate, config.talker, weights, "frames")
+
+    return Run(
+        kind="talker",
+        model=model,
+        phases=[("codec", codec), ("vocoder", vocoder), ("talker", talker)],
+        model_config=to_dict(model_config),
+        lineage={
+            "data": hash_files(config.data.train, *filter(None, [config.data.val])),
+            "audio_enc": fingerprint(Path(config.audio_ckpt)),
+            "thinker": fingerprint(Path(config.thinker_ckpt)) if mind and config.thinker_ckpt else None,
+            "tokenizer": mind[1].hash if mind else None,
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(SpeechStageConfig, build))
