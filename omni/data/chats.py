@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni.data.lexicon import REQUESTS
+from omni.data.lexicon import PICTURE_QUESTIONS, REQUESTS
 from omni.data.questions import CLOSED, Balance, Question, picture_questions, word_question, written_scene
 from omni.data.recordings import Recorder, Recording
 from omni.data.stories import TELLING, Turns, story_chat, talk, units
@@ -16,16 +16,33 @@ from omni.data.world import Caption, Scene, World, normalize
 Line = dict[str, Any]
 
 # Shares of the question kinds. Over half of what is asked by voice needs the very words: sums, people, scenes.
-SPOKEN_KINDS = {
-    "add": 20, "subtract": 12, "person_color": 12, "person_object": 12, "who_has": 12, "scene_color": 5, "scene_shape": 5,
-    "scene_size": 3, "scene_place": 3, "scene_relation": 5, **dict.fromkeys(CLOSED, 2),
+SPOKEN_KINDS = dict.fromkeys(CLOSED, 2) | {
+    "add": 20,
+    "subtract": 12,
+    "person_color": 12,
+    "person_object": 12,
+    "who_has": 12,
+    "scene_color": 5,
+    "scene_shape": 5,
+    "scene_size": 3,
+    "scene_place": 3,
+    "scene_relation": 5,
+}
+WRITTEN_KINDS = dict.fromkeys(CLOSED, 4) | dict.fromkeys((f"scene_{name}" for name in PICTURE_QUESTIONS), 4) | {
+    "scene_neighbor": 2,
+    "add": 14,
+    "subtract": 10,
+    "person_color": 6,
+    "person_object": 6,
+    "who_has": 6,
 }  # fmt: skip
-WRITTEN_KINDS = {
-    "add": 14, "subtract": 10, "person_color": 8, "person_object": 8, "who_has": 8, "scene": 28, **dict.fromkeys(CLOSED, 4),
-}  # fmt: skip
-ANSWERED_ALOUD = {
-    "add": 22, "subtract": 12, "person_color": 12, "person_object": 12, "who_has": 12, **dict.fromkeys(CLOSED, 5),
-}  # fmt: skip
+ANSWERED_ALOUD = dict.fromkeys(CLOSED, 5) | {
+    "add": 22,
+    "subtract": 12,
+    "person_color": 12,
+    "person_object": 12,
+    "who_has": 12,
+}
 # A thing above another is asked for by its whole name, which is long: fewer of these
 PICTURE_WEIGHTS = {"neighbor": 0.4}
 
@@ -90,11 +107,13 @@ class Chats:
         return unit(question.full_text) not in self.texts | self.avoid
 
     def _question(self, kind: str, spoken: bool) -> Question:
-        if kind != "scene":
+        if spoken or not kind.startswith("scene_"):
             return word_question(self.world, self.rng, kind, self.split, spoken)
-        context, asked = written_scene(self.world, self.rng, self.split)
-        question = self.rng.choice(asked[self.rng.choice(sorted(asked))])
-        return Question(f"scene_{question.template}", question.text, question.answer, context, held_out="scene")
+        while True:
+            context, asked = written_scene(self.world, self.rng, self.split)
+            if options := asked.get(kind.removeprefix("scene_")):
+                question = self.rng.choice(options)
+                return Question(kind, question.text, question.answer, context, held_out="scene")
 
     def text_qa(self, count: int) -> None:
         """Ask in writing."""
@@ -168,7 +187,7 @@ class Chats:
             self.add("caption", "caption", "scene", [(said, picture.caption.text)])
 
     def image_chats(self, pictures: Sequence[Picture]) -> None:
-        """Ask four questions about each picture, of different templates: dense questions teach more than many pictures."""
+        """Ask four questions of different templates about each picture: dense questions teach more than pictures."""
         balance = Balance()
         for picture in pictures:
             asked = picture_questions(self.world, self.rng, picture.scene)
@@ -192,7 +211,7 @@ class Chats:
         known: dict[str, list[Recording]] = {}
         for picture, question in self._one_question_each(pictures, count, combination=False):
             own = known.setdefault(question.text, [])
-            if not own or len(self.picture_recordings) < distinct and len(own) < 3:
+            if not own or (len(self.picture_recordings) < distinct and len(own) < 3):
                 own.append(self.recorder.record(f"{self.split}_picture", question.text, next(self.voices)))
                 self.picture_recordings.append(own[-1])
             recording = self.rng.choice(own)
@@ -205,27 +224,32 @@ class Chats:
     ) -> Iterator[tuple[Picture, Question]]:
         """Choose picture and question together: of forty pictures, one whose answer the template needs."""
         balance, pool = Balance(), list(pictures)
-        weights = {name: PICTURE_WEIGHTS.get(name, 1.0) for name in _TEMPLATES}
+        weights = {name: PICTURE_WEIGHTS.get(name, 1.0) for name in PICTURE_QUESTIONS}
         for template in deal(self.rng, weights, count):
-            self.rng.shuffle(pool)
-            options: dict[Question, Picture] = {}
-            for i, picture in enumerate(pool):
-                if i >= 40 and options:
-                    break
-                focus = self.world.held_out_things(picture.scene) if combination else ()
-                asked = picture_questions(
-                    self.world, self.rng, picture.scene, seen_only=not combination, focus=focus, templates=(template,)
-                )
-                options |= {question: picture for question in asked.get(template, ())}
+            options = self._options(template, pool, combination)
+            if not options:  # those left cannot be asked this: all may be asked again
+                pool = list(pictures)
+                options = self._options(template, pool, combination)
+            if not options:
+                continue
             question = balance.pick(self.rng, options)
             picture = options[question]
             pool.remove(picture)
-            if not pool:
-                pool = list(pictures)
             yield picture, question
 
-
-_TEMPLATES = ("count", "color", "shape", "size", "place", "exists", "relation", "at_place", "neighbor")
+    def _options(self, template: str, pool: list[Picture], combination: bool) -> dict[Question, Picture]:
+        """Return a template's questions about forty pictures, or about more if these allow none."""
+        self.rng.shuffle(pool)
+        options: dict[Question, Picture] = {}
+        for i, picture in enumerate(pool):
+            if i >= 40 and options:
+                break
+            focus = self.world.held_out_things(picture.scene) if combination else ()
+            asked = picture_questions(
+                self.world, self.rng, picture.scene, seen_only=not combination, focus=focus, templates=(template,)
+            )
+            options |= dict.fromkeys(asked.get(template, ()), picture)
+        return options
 
 
 def unit(text: str) -> str:

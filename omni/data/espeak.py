@@ -102,12 +102,17 @@ def voice_settings(name: str) -> Voice:
     return Voice(f"{ACCENTS[accent]}+{_VARIANTS.get(variant, variant)}", rate, PITCHES[pitch] + digest[1] % 7 - 3)
 
 
-def speak_all(jobs: Sequence[Job], processes: int | None = None) -> Speaking:
-    """Start recording all jobs in worker processes; `wait()` on the result for their lengths in seconds."""
+def require() -> None:
+    """Raise unless speech can be synthesized here."""
     if importlib.util.find_spec("espeakng_loader") is None:
         raise RuntimeError(REMEDY)
     if not hasattr(os, "fork"):
         raise RuntimeError("speech synthesis forks a process an utterance and so needs Linux or macOS (or WSL).")
+
+
+def speak_all(jobs: Sequence[Job], processes: int | None = None) -> Speaking:
+    """Start recording all jobs in worker processes; `wait()` on the result for their lengths in seconds."""
+    require()
     return Speaking(jobs, processes or min(os.cpu_count() or 1, 16))
 
 
@@ -212,7 +217,9 @@ class Library:
 
     def choose(self, voice: Voice) -> None:
         """Become a speaker."""
-        if self._api.espeak_SetVoiceByName(voice.espeak.encode()) != 0:
+        variant = Path(self._folder.name, "espeak-ng-data", "voices", "!v", voice.espeak.partition("+")[2])
+        # a variant it does not know it would leave out without a word
+        if not variant.is_file() or self._api.espeak_SetVoiceByName(voice.espeak.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice.espeak!r}")
         self._api.espeak_SetParameter(_PITCH, voice.pitch, 0)
 

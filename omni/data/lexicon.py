@@ -6,6 +6,7 @@ All of it is here so that `grammar_words` can say which words the grammar needs;
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 
@@ -40,10 +41,11 @@ OBJECTS = _words("ball kite hat cup book box car pen bag doll boat lamp key coat
 OPPOSITES = tuple(
     (pair.split("/")[0], pair.split("/")[1])
     for pair in _words(
-        "big/small hot/cold up/down day/night left/right fast/slow old/young happy/sad open/closed full/empty hard/soft "
-        "high/low light/dark long/short loud/quiet near/far rich/poor strong/weak thick/thin wet/dry wide/narrow "
-        "early/late good/bad clean/dirty in/out first/last true/false push/pull start/stop win/lose begin/end give/take "
-        "buy/sell love/hate ask/answer always/never sweet/sour inside/outside above/below north/south east/west"
+        "big/small hot/cold up/down day/night left/right fast/slow old/young happy/sad open/closed full/empty "
+        "hard/soft high/low light/dark long/short loud/quiet near/far rich/poor strong/weak thick/thin wet/dry "
+        "wide/narrow early/late good/bad clean/dirty in/out first/last true/false push/pull start/stop "
+        "win/lose begin/end give/take buy/sell love/hate ask/answer always/never sweet/sour inside/outside "
+        "above/below north/south east/west"
     )
 )
 SOUNDS = dict(
@@ -58,14 +60,17 @@ PET_NAMES = _words("rex bella coco lucky spot fluffy ruby milo pepper daisy")
 FOODS = _words("bread milk corn soup cheese rice fish apples carrots")
 ROOMS = tuple(f"the {room}" for room in _words("garden kitchen park forest library barn school attic"))
 FURNITURE = _words("table chair bench bed blanket tree")
-THING_COLOURS = dict(
-    pair.split("/")
-    for pair in (
-        "the sun/yellow|grass/green|the sky/blue|snow/white|coal/black|a strawberry/red|a banana/yellow|a carrot/orange|"
-        "a leaf/green|milk/white|a lemon/yellow|a tomato/red|a plum/purple|a pumpkin/orange|the ocean/blue|a cloud/white|"
-        "a cherry/red|a crow/black|a cucumber/green|a fire truck/red|lavender/purple|a swan/white"
-    ).split("|")
-)
+_THINGS = {
+    "yellow": "the sun|a banana|a lemon",
+    "green": "grass|a leaf|a cucumber",
+    "blue": "the sky|the ocean",
+    "white": "snow|milk|a cloud|a swan",
+    "black": "coal|a crow",
+    "red": "a strawberry|a tomato|a cherry|a fire truck",
+    "orange": "a carrot|a pumpkin",
+    "purple": "a plum|lavender",
+}
+THING_COLOURS = {thing: colour for colour, things in _THINGS.items() for thing in things.split("|")}
 
 # ------------------------------------------------------------------------------------------ questions about a picture
 # {it} is "the circle", "the red circle" or "the red one"; {place} a place; {thing} "red circle".
@@ -188,7 +193,7 @@ STORIES = {
         ("the {pet} was called {pet_name}.", "its name was {pet_name}."),
         ("one morning {pet_name} was hungry.", "one evening {pet_name} wanted to eat."),
         ("{a} gave it some {food}.", "{a} went to the kitchen and came back with some {food}."),
-        ("{pet_name} ate the {food} and went to sleep.", "{pet_name} ate it all.", "{pet_name} said {pet_sound} and ate."),
+        ("{pet_name} ate the {food} and slept.", "{pet_name} ate it all.", "{pet_name} said {pet_sound} and ate."),
         ("", "{a} went to sleep too.", "then {a} and {pet_name} played in {p}."),
     ),
     "moved": (
@@ -281,11 +286,13 @@ WORD_FRAMES = (
 )  # fmt: skip
 
 
+@cache
 def lexicon() -> tuple[str, ...]:
     """Return the free words: common, and none that sounds like another."""
     return tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
 
 
+@cache
 def grammar_words() -> frozenset[str]:
     """Return every word that a sentence of the grammar may contain; the free lexicon only adds to them."""
     data = {name: value for name, value in globals().items() if name.isupper()}

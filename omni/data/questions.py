@@ -1,7 +1,7 @@
 """Questions with short answers: about pictures, about written and spoken scenes, about people, numbers and facts.
 
-A `Question` carries its template (answers are balanced and compared within a template) and a whole sentence that answers it,
-for when the answer shall be spoken.
+A `Question` carries its template (answers are balanced and compared within a template) and a whole sentence that
+answers it, for when the answer shall be spoken.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from omni.data.lexicon import (
     COLOURS,
@@ -31,7 +32,6 @@ from omni.data.lexicon import (
     STATEMENTS,
 )
 from omni.data.world import Scene, Thing, World, fix_articles, key, relation, with_article
-
 
 # The answers of the templates that have few
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -173,9 +173,9 @@ CLOSED = ("successor", "predecessor", "day_after", "day_before", "opposite", "so
 def closed_facts(kind: str) -> list[tuple[str, str]]:
     """Return (what is asked, answer) of a kind of which everything is known in training."""
     if kind == "successor":
-        return list(zip(NUMBERS[:-1], NUMBERS[1:], strict=True))
+        return list(pairwise(NUMBERS))
     if kind == "predecessor":
-        return list(zip(NUMBERS[1:], NUMBERS[:-1], strict=True))
+        return [(after, before) for before, after in pairwise(NUMBERS)]
     if kind == "day_after":
         return [(day, DAYS[(i + 1) % 7]) for i, day in enumerate(DAYS)]
     if kind == "day_before":

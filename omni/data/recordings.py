@@ -31,7 +31,7 @@ class Recorder:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def record(self, group: str, text: str, voice: str, vary: bool = True) -> Recording:
-        """Plan a recording `wavs/<group>_<number>.wav`; `vary`: up to 8 % slower or faster than the voice's own rate."""
+        """Plan a recording `wavs/<group>_<number>.wav`; `vary`: up to 8 % slower or faster."""
         number = self._counts.get(group, 0)
         self._counts[group] = number + 1
         wav = f"wavs/{group}_{number:05d}.wav"

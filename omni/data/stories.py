@@ -38,7 +38,6 @@ from omni.data.questions import (
     IN_CONTEXT,
     arithmetic_statement,
     closed_facts,
-    picture_questions,
     word_question,
     written_scene,
 )
@@ -58,9 +57,10 @@ def story_words(world: World, rng: random.Random) -> dict[str, str]:
     pet = rng.choice(PETS)
     animal = rng.choice([animal for animal in SOUNDS if animal != pet])
     return {
-        "a": a, "b": b, "he": "he" if a in HE else "she", "his": "his" if a in HE else "her", "o": o, "r": r, "c": c, "d": d,
-        "p": p, "q": q, "day": DAYS[day], "next_day": DAYS[(day + 1) % 7], "furniture": rng.choice(FURNITURE),
-        "food": rng.choice(FOODS), "pet": pet, "pet_name": rng.choice(PET_NAMES), "pet_sound": SOUNDS[pet],
+        "a": a, "b": b, "he": "he" if a in HE else "she", "his": "his" if a in HE else "her", "o": o, "r": r,
+        "c": c, "d": d, "p": p, "q": q, "day": DAYS[day], "next_day": DAYS[(day + 1) % 7],
+        "furniture": rng.choice(FURNITURE), "food": rng.choice(FOODS), "pet": pet,
+        "pet_name": rng.choice(PET_NAMES), "pet_sound": SOUNDS[pet],
         "animal": animal, "sound": SOUNDS[animal],
     }  # fmt: skip
 
@@ -212,7 +212,7 @@ def units(document_text: str) -> set[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- sentences to be spoken
+# ---------------------------------------------------------------------------------------------- sentences to be spoken
 
 
 def free_sentence(world: World, rng: random.Random, shortest: int = 1) -> str:

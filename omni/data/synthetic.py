@@ -1,7 +1,7 @@
 """The embedded data set: one small world as text, speech, pictures and chats, from a seed and offline.
 
-`synthesize("nano", Path("data"))` writes `data/nano/{text,audio,images,sft}` and, last, `world.json`: where that stands, the
-folder is whole. What is drawn depends on (size, seed) alone, and every file is the same, byte for byte, on every run.
+`synthesize("nano", Path("data"))` writes `data/nano/{text,audio,images,sft}` and, last, `world.json`: where it stands,
+the folder is whole. Everything depends on (size, seed) alone: each file is the same, byte for byte, on every run.
 """
 
 from __future__ import annotations
@@ -12,90 +12,19 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omni.data.chats import Chats, Picture, unit
+from omni.data.chats import Picture
 from omni.data.drawing import draw
-from omni.data.espeak import TRAIN_VOICES, UNSEEN_VOICES, speak_all
+from omni.data.espeak import UNSEEN_VOICES, require, speak_all
 from omni.data.holdouts import check
-from omni.data.recordings import Recorder, Recording, turns_of
-from omni.data.stories import document, free_sentence, grammar_sentence, unheard_sentence, units
+from omni.data.recordings import Recording
 from omni.data.world import PLACES, World
+from omni.data.world_plan import SIZES, Plan, make_plan
 
 VERSION = 1  # of what is written: raise it with every change that alters a byte
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much of everything; validation parts follow from the test parts."""
-
-    text_bytes: int
-    images: int
-    images_test: int  # of seen combinations, and as many of held-out ones
-    tts_train: int  # recordings in the Talker's voices, all of them in asr_train too
-    tts_voices: int
-    asr_free: int  # outside the grammar
-    asr_grammar: int
-    asr_test: int
-    tts_test: int
-    image_chats: int  # of four questions
-    captions: int
-    speech_qa: int
-    image_speech_qa: int
-    picture_recordings: int  # spoken questions that the image_speech_qa chats share
-    asr: int
-    text_qa: int
-    text_chat: int
-    speech_out: int
-    chats_test: int  # a task
-    spoken_test: int  # a task with recordings of its own
-    heldout_words: int = 60
-    voices: int = 48
-
-
-SIZES = {
-    "test": Size(30_000, 60, 24, 16, 2, 12, 4, 8, 6, 20, 4, 12, 6, 4, 6, 30, 6, 4, 20, 10, 20, 6),
-    "nano": Size(1_750_000, 5_000, 300, 900, 4, 350, 100, 150, 100, 1_500, 300, 700, 350, 150, 400, 2_500, 400, 150, 120, 100),
-    "micro": Size(
-        6_000_000, 16_000, 300, 3_600, 16, 1_700, 800, 300, 200, 5_000, 1_000, 2_400, 1_200, 300, 1_400, 9_000, 1_400, 500, 240,
-        200, 150,
-    ),
-    "tiny": Size(
-        30_000_000, 60_000, 500, 10_000, 16, 7_000, 4_000, 600, 300, 15_000, 3_000, 7_000, 3_500, 1_000, 4_000, 25_000, 4_000,
-        1_500, 500, 400, 150,
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Plan:
-    """Everything that will be written, before a sound is made or a picture is drawn."""
-
-    world: World
-    size: Size
-    recorder: Recorder
-    avoid: set[str] = field(default_factory=set)  # what the tests say, normalized: training says none of it
-    pictures: dict[str, list[Picture]] = field(default_factory=dict)
-    speech: dict[str, list[Recording]] = field(default_factory=dict)
-    chats: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    texts: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def voices(self) -> list[str]:
-        """The voices of training; the Talker's come first."""
-        return TRAIN_VOICES[: self.size.voices]
-
-    @property
-    def tts_voices(self) -> list[str]:
-        """The voices in which the Talker learns to speak."""
-        return TRAIN_VOICES[: self.size.tts_voices]
-
-    def rng(self, purpose: str) -> random.Random:
-        """Return a generator of its own for each purpose, so that one part's size alters no other part."""
-        return random.Random(f"{self.world.seed}/{purpose}")
 
 
 def synthesize(size: str, out: Path, seed: int = 0, processes: int | None = None) -> dict[str, Any]:
@@ -110,6 +39,7 @@ def synthesize(size: str, out: Path, seed: int = 0, processes: int | None = None
     found = _read_mark(mark)
     if found is not None and (found["version"], found["size"], found["seed"]) == (VERSION, size, seed):
         return found | {"created": False, "folder": str(folder), "seconds": time.perf_counter() - started}
+    require()
     mark.unlink(missing_ok=True)
     for part in ("text", "audio/wavs", "images/png", "sft"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -126,178 +56,6 @@ def synthesize(size: str, out: Path, seed: int = 0, processes: int | None = None
     summary = _summary(plan, size, seconds)
     _write(mark, json.dumps(summary, indent=1, sort_keys=True) + "\n")
     return summary | {"created": True, "folder": str(folder), "seconds": time.perf_counter() - started}
-
-
-def make_plan(size: Size, seed: int, folder: Path) -> Plan:
-    """Draw all that is to be written: the tests first, so that training can keep clear of what they say."""
-    plan = Plan(World(seed, size.heldout_words), size, Recorder(folder / "audio", seed))
-    count = size.images_test
-    plan.pictures["test"] = _pictures(plan, "test", count, distinct=True)
-    plan.pictures["test_combinations"] = _pictures(plan, "test_combinations", count, distinct=True)
-    plan.pictures["val"] = _pictures(plan, "val", count * 2 // 3, distinct=True)
-    plan.pictures["train"] = _pictures(plan, "train", size.images, distinct=False)
-    _plan_test_speech(plan)
-    for split in ("test", "val"):
-        plan.chats[split] = _test_chats(plan, split)
-        plan.avoid |= {unit(text) for line in plan.chats[split] for text in _test_questions(line)}
-    plan.avoid |= {unit(picture.caption.text) for name in ("test", "val") for picture in plan.pictures[name]}
-    plan.avoid |= {unit(row.text) for rows in plan.speech.values() for row in rows}
-    _plan_training(plan)
-    for split, share in (("val", 0.03), ("test", 0.06), ("train", 1.0)):
-        plan.texts[split] = _documents(plan, split, int(size.text_bytes * share))
-    return plan
-
-
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
-def _pictures(plan: Plan, name: str, count: int, distinct: bool) -> list[Picture]:
-    """Draw scenes with captions; `distinct`: no caption describes two of them, in whatever form."""
-    rng, combination = plan.rng(f"pictures/{name}"), name == "test_combinations"
-    split = "test" if combination else name
-    pictures: list[Picture] = []
-    alike: dict[tuple[str, ...], list[Picture]] = {}
-    while len(pictures) < count:
-        scene, caption = plan.world.draw_described(rng, split, combination)
-        others = alike.setdefault(tuple(sorted(thing.full_name for thing in scene)), [])
-        if distinct and any(caption.fits(other.scene) or other.caption.fits(scene) for other in others):
-            continue
-        pictures.append(Picture(f"png/{name}_{len(pictures):06d}.png", scene, caption))
-        others.append(pictures[-1])
-    return pictures
-
-
-def _plan_test_speech(plan: Plan) -> None:
-    """Choose the sentences and voices of the validation and test recordings."""
-    size, world = plan.size, plan.world
-    rng = plan.rng("speech/test")
-    spoken: set[str] = set()
-
-    def new(make: Callable[[], str]) -> str:
-        while unit(text := make()) in spoken:
-            pass
-        spoken.add(unit(text))
-        return text
-
-    def grammar(split: str, limits: tuple[int, int]) -> str:
-        return new(lambda: grammar_sentence(world, rng, split, *limits))
-
-    def rows(name: str, voices: Sequence[str], texts: Iterable[str], vary: bool) -> None:
-        speaker = turns_of(voices, plan.rng(f"voices/{name}"))
-        plan.speech[name] = [plan.recorder.record(name, text, next(speaker), vary) for text in texts]
-
-    def heard(count: int, split: str) -> list[str]:
-        free = [new(lambda: free_sentence(world, rng, shortest=2)) for _ in range(count * 2 // 5)]
-        texts = free + [grammar(split, (3, 18)) for _ in range(count - len(free))]
-        rng.shuffle(texts)
-        return texts
-
-    rows("asr_val", plan.voices, heard(min(max(size.asr_test * 3 // 7, 4), 200), "val"), vary=True)
-    rows("asr_test", plan.voices, heard(size.asr_test, "test"), vary=True)
-    rows("asr_test_voices", UNSEEN_VOICES, heard(size.asr_test * 2 // 3, "test"), vary=True)
-    lengths = ((3, 5), (6, 15), (16, 30))
-    rows("tts_val", plan.tts_voices, [grammar("val", lengths[i % 3]) for i in range(size.tts_test // 3)], vary=False)
-    rows("tts_test", plan.tts_voices, [grammar("test", lengths[i % 3]) for i in range(size.tts_test)], vary=False)
-    words = sorted(world.heldout_words) * 4
-    rng.shuffle(words)
-    unheard = [unheard_sentence(world, rng, words[2 * i : 2 * i + 2]) for i in range(size.tts_test // 2)]
-    rows("tts_test_words", plan.tts_voices, unheard, vary=False)
-    rows(
-        "tts_test_voices",
-        UNSEEN_VOICES,
-        [grammar("test", lengths[i % 2]) for i in range(size.tts_test // 2)],
-        vary=False,
-    )
-
-
-def _test_chats(plan: Plan, split: str) -> list[dict[str, Any]]:
-    """Ask one question a line; the validation part is a quarter of the test's."""
-    size, share = plan.size, 1 if split == "test" else 4
-    count, spoken = size.chats_test // share, size.spoken_test // share
-    chats = Chats(
-        plan.world, plan.recorder, split, turns_of(plan.voices, plan.rng(f"voices/chats/{split}")), plan.avoid
-    )
-    chats.text_chat(count)
-    chats.text_qa(count)
-    chats.caption(plan.pictures[split][:count])
-    chats.image_qa(plan.pictures[split], count)
-    if split == "test":
-        chats.image_qa(plan.pictures["test_combinations"], count, combination=True)
-    chats.asr(plan.speech[f"asr_{split}"][:spoken])
-    chats.speech_qa(spoken)
-    chats.image_speech_qa(plan.pictures[split], spoken, spoken)
-    chats.speech_out(spoken, None)
-    return chats.lines
-
-
-def _test_questions(line: dict[str, Any]) -> list[str]:
-    """Return what training may not say: not the questions about pictures, which are few and asked of many."""
-    if line["task"] in ("text_qa", "text_chat"):
-        return [str(line["messages"][0]["content"])]
-    if line["task"] == "speech_out" and "transcript" not in line:
-        return [str(line["messages"][0]["content"]).removesuffix(" answer aloud.")]
-    return [line["transcript"]] if line["task"] in ("speech_qa", "asr", "speech_out") else []
-
-
-def _plan_training(plan: Plan) -> None:
-    """Choose what training hears: the Talker's sentences, free speech, the grammar's, and the chats' questions."""
-    size, world, rng = plan.size, plan.world, plan.rng("speech/train")
-    tts: list[Recording] = []
-    tts_speaker = turns_of(plan.tts_voices, plan.rng("voices/tts_train"))
-    speaker = turns_of(plan.voices, plan.rng("voices/train"))
-
-    def new(make: Callable[[], str]) -> str:
-        while units(text := make()) & plan.avoid:
-            pass
-        return text
-
-    def answer_in(text: str) -> Recording:
-        tts.append(plan.recorder.record("tts", text, next(tts_speaker), vary=False))
-        return tts[-1]
-
-    def limits() -> tuple[int, int]:
-        return rng.choices(((1, 18), (6, 15), (16, 30)), (6, 2, 1))[0]
-
-    chats = Chats(world, plan.recorder, "train", turns_of(plan.voices, plan.rng("voices/chats/train")), plan.avoid)
-    chats.speech_qa(size.speech_qa)
-    chats.speech_out(size.speech_out, answer_in)
-    for i in range(size.tts_train - size.speech_out):
-        free = i % 4 == 0
-        answer_in(
-            new(lambda: free_sentence(world, rng))
-            if free
-            else new(lambda: grammar_sentence(world, rng, "train", *limits()))
-        )
-    free_speech = [new(lambda: free_sentence(world, rng)) for _ in range(size.asr_free)]
-    free_speech += [new(lambda: grammar_sentence(world, rng, "train", 3, 15)) for _ in range(size.asr_grammar)]
-    heard = [plan.recorder.record("train", text, next(speaker)) for text in free_speech]
-    chats.asr(rng.sample(heard + tts, size.asr))
-    pictures = plan.pictures["train"]
-    chats.image_chats(pictures[: size.image_chats])
-    chats.caption(pictures[size.image_chats :][: size.captions])
-    chats.image_speech_qa(pictures[size.image_chats + size.captions :], size.image_speech_qa, size.picture_recordings)
-    chats.text_qa(size.text_qa)
-    chats.text_chat(size.text_chat)
-    rng.shuffle(chats.lines)
-    plan.chats["train"] = chats.lines
-    plan.speech["tts_train"] = tts
-    questions = [recording for _, recording in chats.spoken] + chats.picture_recordings
-    plan.speech["asr_train"] = rng.sample(every := tts + heard + questions, len(every))
-
-
-def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:
-    """Draw documents of stage A; those of training are none of the others, and say nothing that a test says."""
-    rng = plan.rng(f"text/{split}")
-    others = {text for documents in plan.texts.values() for text in documents}
-    documents: list[str] = []
-    total = 0
-    while total < num_bytes:
-        text = document(plan.world, rng, split)
-        if text in others or split == "train" and units(text) & plan.avoid:
-            continue
-        documents.append(text)
-        total += len(text) + 2
-    return documents
 
 
 # ---------------------------------------------------------------------------------------------------------- the writing

@@ -258,9 +258,10 @@ class World:
         """
         found = {}
         for kind in kinds:
-            options = changed(caption, kind, prefer)
-            rng.shuffle(options)
-            for wrong in options:
+            edits = changes(caption, kind, prefer)
+            rng.shuffle(edits)
+            for edit in edits:
+                wrong = edited(caption, *edit)
                 allowed = split == "any" or not self.caption_held_out(wrong)
                 if allowed and split == "train":
                     allowed = self.caption_fold(wrong) == split
@@ -291,43 +292,42 @@ def random_caption(rng: random.Random, scene: Scene, related: bool) -> Caption:
     return Caption(tuple(Clause(thing) for thing in things), rng.choice((0, 0, 1, 2, 3)))
 
 
-def changed(caption: Caption, kind: str, prefer: Sequence[Thing] = ()) -> list[Caption]:
-    """Return all captions that differ in one attribute, place or relation; of the preferred things, if it names one."""
-    things = [thing for clause in caption.clauses for thing in clause.things()]
-    taken = {thing.place for thing in things}
-    wanted = [thing for thing in things if thing in prefer] or things
-    found = []
+Edit = tuple[Thing, Thing] | tuple[Clause, Clause]  # what is to be put for what
+
+
+def changes(caption: Caption, kind: str, prefer: Sequence[Thing] = ()) -> list[Edit]:
+    """Return all ways to get one attribute, place or relation wrong; of preferred things, if it has any."""
     if kind == "relation":
-        for i, clause in enumerate(caption.clauses):
-            if clause.relation is not None:
-                new = replace(clause, relation=INVERSE[clause.relation])
-                found.append(replace(caption, clauses=(*caption.clauses[:i], new, *caption.clauses[i + 1 :])))
-        return found
-    stated = {clause.thing for clause in caption.clauses if clause.other is None}
-    for thing in wanted:
+        return [(c, replace(c, relation=INVERSE[c.relation])) for c in caption.clauses if c.relation is not None]
+    things = [thing for clause in caption.clauses for thing in clause.things()]
+    names = {thing.name for thing in things}
+    found: list[Edit] = []
+    for thing in [thing for thing in things if thing in prefer] or things:
         if kind == "place":
-            options = [replace(thing, place=place) for place in range(4) if place not in taken and thing in stated]
-        elif kind == "colour":
-            options = [replace(thing, colour=colour) for colour in COLOURS if colour != thing.colour]
-        elif kind == "shape":
-            options = [replace(thing, shape=shape) for shape in SHAPES if shape != thing.shape]
-        else:
-            options = [replace(thing, size=size) for size in SIZES if size != thing.size]
-        others = {other.name for other in things if other != thing}
-        found += [_exchange(caption, thing, new) for new in options if new.name not in others]
+            stated = any(clause.thing == thing and clause.other is None for clause in caption.clauses)
+            free = set(range(4)) - {other.place for other in things} if stated else set()
+            found += [(thing, replace(thing, place=place)) for place in sorted(free)]
+            continue
+        values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[kind]
+        for value in values:
+            new = Thing(
+                thing.place, **{"colour": thing.colour, "shape": thing.shape, "size": thing.size} | {kind: value}
+            )
+            if new != thing and (new.name == thing.name or new.name not in names):
+                found.append((thing, new))
     return found
 
 
-def _exchange(caption: Caption, old: Thing, new: Thing) -> Caption:
-    """Put one thing for another in a caption."""
-    return replace(
-        caption,
-        clauses=tuple(
-            replace(
-                clause,
-                thing=new if clause.thing == old else clause.thing,
-                other=new if clause.other == old else clause.other,
-            )
-            for clause in caption.clauses
-        ),
-    )
+def edited(caption: Caption, old: Thing | Clause, new: Thing | Clause) -> Caption:
+    """Put one thing or clause for another in a caption."""
+
+    def edit(clause: Clause) -> Clause:
+        if isinstance(new, Clause):
+            return new if clause == old else clause
+        return replace(
+            clause,
+            thing=new if clause.thing == old else clause.thing,
+            other=new if clause.other == old else clause.other,
+        )
+
+    return replace(caption, clauses=tuple(edit(clause) for clause in caption.clauses))
