@@ -26,7 +26,6 @@ class QuantizerConfig:
     num_codebooks: int = 2
     codebook_size: int = 512
     dim: int = 64
-    start_after: int = 50  # updates without quantization, in which the encoder finds what there is to code
     decay: float = 0.95  # of the moving average; the few hundred updates of a small run need a short memory
     revive_below: float = 0.3  # a code with less than this share of an even load is dead
     codebook_dropout: float = 0.5  # share of samples trained with fewer codebooks, where there are more than two
@@ -73,7 +72,6 @@ class ResidualQuantizer(nn.Module):
     load_KV: torch.Tensor
     sum_KVD: torch.Tensor
     started_K: torch.Tensor
-    num_updates: torch.Tensor
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -83,7 +81,6 @@ class ResidualQuantizer(nn.Module):
         self.register_buffer("load_KV", torch.ones(shape))  # moving average of vectors a code got in an update
         self.register_buffer("sum_KVD", torch.zeros(*shape, config.dim))  # ... and of their sum
         self.register_buffer("started_K", torch.zeros(config.num_codebooks, dtype=torch.bool))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         self._gathered: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each micro-batch, of each codebook
 
     def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> Quantized:
@@ -100,9 +97,6 @@ class ResidualQuantizer(nn.Module):
         valid = torch.ones(B, T, dtype=torch.bool, device=x_BTD.device) if valid_BT is None else valid_BT
         if self.training and not bool(torch.isfinite(x_BTD).all()):
             raise FloatingPointError("the codec's vectors are not finite")
-        if self.training and int(self.num_updates) < self.config.start_after:
-            codes = torch.zeros(B, T, self.config.num_codebooks, dtype=torch.long, device=x_BTD.device)
-            return Quantized(x_BTD, codes, x_BTD.new_zeros(()))
         depth_B = self._depths(B, x_BTD.device)
         residual, total = x_BTD, torch.zeros_like(x_BTD)
         found, gathered = [], []
@@ -161,7 +155,6 @@ class ResidualQuantizer(nn.Module):
     def update(self) -> None:
         """Move the codebooks towards the vectors gathered since the last update, and revive dead codes."""
         gathered, self._gathered = self._gathered, []
-        self.num_updates += 1
         size, decay = self.config.codebook_size, self.config.decay
         for k in range(self.config.num_codebooks if gathered else 0):
             vectors_ND = torch.cat([batch[k][0] for batch in gathered])
