@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -30,7 +35,7 @@ COLOURS = "red green blue yellow purple orange white black".split()  # noqa: SIM
 SHAPES = "circle square triangle star cross ring".split()  # noqa: SIM905
 CELLS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
 THING = rf"an? (?:(big|small) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-COUNTED = (
+COUNTED = (  # noqa: SIM905
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
@@ -432,3 +437,38 @@ def test_a_voice_that_espeak_lacks_is_an_error(tmp_path: Path) -> None:
     with espeak.speak_all([job], 1) as speaking, pytest.raises(RuntimeError, match="nobody"):
         speaking.wait()
     assert not list(tmp_path.iterdir())
+
+
+@needs_espeak
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_the_one_who_asked(tmp_path: Path, how: signal.Signals) -> None:
+    code = (
+        "from omni.data.espeak import Job, speak_all\n"
+        f"jobs = [Job('a word or two.', 'us-f2-mid', r'{tmp_path}/%d.wav' % i) for i in range(5000)]\n"
+        "with speak_all(jobs, 2) as speaking:\n    print(flush=True); speaking.wait()\n"
+    )
+    root = Path(__file__).parents[1]
+    asking = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("*.wav")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    asking.send_signal(how)
+    asking.wait()
+
+    def alive() -> bool:
+        try:
+            os.killpg(asking.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive()
+    assert 0 < len(list(tmp_path.glob("*.wav"))) < 5000

@@ -271,8 +271,9 @@ def _join(child: int) -> None:
         raise RuntimeError(f"a speaking process ended with status {os.waitstatus_to_exitcode(status)}")
 
 
-def _speak_jobs(jobs: Sequence[Job], pipe: int) -> None:
+def _speak_jobs(jobs: Sequence[Job], reader: int, pipe: int) -> None:
     """Send the samples of all jobs through a pipe: a fork a voice, and in it a fork an utterance."""
+    os.close(reader)  # else the pipe would stay open, and a write wait for ever, after the reading process has gone
     library = Library()
 
     def utter(job: Job) -> None:
@@ -315,7 +316,7 @@ def main(todo: str) -> None:
     jobs = [Job(**fields) for fields in json.loads(Path(todo).read_text(encoding="utf-8"))]
     jobs.sort(key=lambda job: job.voice)
     reader, writer = os.pipe()
-    speaker = _in_fork(partial(_speak_jobs, jobs, writer))
+    speaker = _in_fork(partial(_speak_jobs, jobs, reader, writer))
     os.close(writer)
     seconds: dict[str, float] = {}
     with os.fdopen(reader, "rb") as pipe:
