@@ -132,7 +132,7 @@ def test_codec_learns_a_few_sounds() -> None:
         loss.backward()
         optimizer.step()
         codec.quantizer.update()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.4 * losses[0]
 
 
@@ -145,6 +145,11 @@ def test_kmeans_finds_separate_clusters() -> None:
 
 
 # ---- vocoder and speaker encoder ----
+
+
+def test_the_constant_for_silence_is_what_silence_gives() -> None:
+    frames = log_mel(MelConfig())(torch.zeros(1600))
+    torch.testing.assert_close(frames, torch.full_like(frames, SILENCE), atol=1e-3, rtol=0)
 
 
 def test_inverse_stft_undoes_the_stft() -> None:
@@ -171,7 +176,7 @@ def test_vocoder_gives_a_hop_of_samples_a_frame_and_learns() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert all(parameter.grad is not None for parameter in vocoder.parameters())
     assert losses[-1] < 0.8 * losses[0]
     assert float(spectral_loss_sum(wave, wave)) < 1e-4

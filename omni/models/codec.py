@@ -84,8 +84,7 @@ class Codec(nn.Module):
     def latents(self, frames_BFM: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Vectors [B, T, D] before quantization; F must be a multiple of ``reduction``."""
         B, F_, _ = frames_BFM.shape
-        # relative to silence, so that the zeros beyond either end are silence too
-        x = self.in_proj((frames_BFM - SILENCE).reshape(B, F_ // self.config.reduction, -1))
+        x = self.in_proj(frames_BFM.reshape(B, F_ // self.config.reduction, -1))
         for layer in self.encoder:
             x = layer(x, valid_BT)
         return self.to_code(x)
@@ -99,7 +98,7 @@ class Codec(nn.Module):
         x = self.from_code(vectors_BTD)
         for layer in self.decoder:
             x = layer(x, valid_BT)
-        frames = self.out_proj(self.norm(x)).unflatten(-1, (self.config.reduction, -1)).flatten(1, 2) + SILENCE
+        frames = self.out_proj(self.norm(x)).unflatten(-1, (self.config.reduction, -1)).flatten(1, 2)
         check_finite(frames, "the codec's frames")
         return frames
 

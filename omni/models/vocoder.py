@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omni.audio import SILENCE, MelConfig, log_mel
+from omni.audio import MelConfig, log_mel
 from omni.config import Problem
 from omni.models.layers import ConvLayer, check_finite, init_weights
 
@@ -63,14 +63,13 @@ class Vocoder(nn.Module):
         Raises:
             FloatingPointError: when it is not finite.
         """
-        # relative to silence, so that the zeros beyond either end are silence too
-        x = self.in_proj((frames_BFM - SILENCE).transpose(1, 2)).transpose(1, 2)
+        x = self.in_proj(frames_BFM.transpose(1, 2)).transpose(1, 2)
         for layer in self.layers:
             x = layer(x)
         log_magnitude, real, imaginary = self.out_proj(self.norm(x)).float().chunk(3, dim=-1)
         check_finite(log_magnitude, "the vocoder's magnitudes")
         with torch.autocast(x.device.type, enabled=False):
-            mel = (frames_BFM.float() * 3 - 6).exp() - 1e-5
+            mel = log_mel(self.mel).magnitudes(frames_BFM)
             rough = (mel.clamp(min=0) @ self.inverse_SM.T).clamp(min=0) + _LOG_FLOOR
             magnitude = rough * log_magnitude.clamp(-8, 4).exp()
             # a vector of any length but zero has a phase; predicting an angle itself would have a jump at pi
