@@ -34,10 +34,6 @@ class Voices:
     def __len__(self) -> int:
         return len(self.speakers)
 
-    def first(self, limit: int) -> Voices:
-        """The first recordings, as a set of their own."""
-        return Voices(self.recordings.rows[:limit], self.mel)
-
     def text(self, index: int) -> str:
         """What is said, as written in the manifest."""
         return str(self.recordings.rows[index].values["text"])

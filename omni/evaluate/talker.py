@@ -226,29 +226,25 @@ def grade_samples(
     model: SpeechModel, encoder: AudioEncoder, voices: Voices, mind: Mind | None, limit: int
 ) -> dict[str, float]:
     """Character error rate of the first sentences, generated with everything predicted."""
-    few = voices.first(limit)
-    spoken = speak_again(model, few, mind)
-    return {
-        "cer": character_error_rate(
-            [few.text(i) for i in range(len(few))], hear(encoder, [s.wave for s in spoken])
-        ).value
-    }
+    spoken = speak_again(model, voices, mind, limit=limit)
+    texts = [voices.text(index) for index in range(len(spoken))]
+    return {"cer": character_error_rate(texts, hear(encoder, [item.wave for item in spoken])).value}
 
 
 # ---- speech for evaluation ----
 
 
-def references(voices: Voices) -> list[torch.Tensor]:
-    """For every recording the frames of another one of the same speaker."""
-    return [voices.frames(voices.partner(index, None)) for index in range(len(voices))]
+def references(voices: Voices, limit: int | None = None) -> list[torch.Tensor]:
+    """For every recording (or the first ``limit``) the frames of another one of the same speaker."""
+    return [voices.frames(voices.partner(index, None)) for index in range(len(voices))[:limit]]
 
 
 def speak_again(
-    model: SpeechModel, voices: Voices, mind: Mind | None = None, sampling: Sampling = GREEDY
+    model: SpeechModel, voices: Voices, mind: Mind | None = None, sampling: Sampling = GREEDY, limit: int | None = None
 ) -> list[Spoken]:
-    """Speak the text of every recording in the voice of another one of the same speaker."""
-    speaker_NE = embed_speakers(model, references(voices))
-    texts = [voices.text(index) for index in range(len(voices))]
+    """Speak the text of every recording (or the first ``limit``) in the voice of another one of the same speaker."""
+    speaker_NE = embed_speakers(model, references(voices, limit))
+    texts = [voices.text(index) for index in range(len(speaker_NE))]
     spoken = []
     for first in range(0, len(texts), 100):
         spoken += speak(model, texts[first : first + 100], speaker_NE[first : first + 100], mind, sampling)
