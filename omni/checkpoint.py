@@ -24,14 +24,9 @@ import torch
 from torch import nn
 
 from omni.config import UserError
-from omni.runtime import log
-
-FORMAT = 1
-_SUMMARY = "omni.json"
-
-
-class DamagedCheckpointError(UserError):
-    """A file that is not a whole checkpoint of this project."""
+from omni.console import log
+from omni.summary import FORMAT, MEMBER, DamagedCheckpointError, is_summary, read_summary
+from omni.summary import fingerprint as fingerprint
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -48,7 +43,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]
         with zipfile.ZipFile(temporary, "a") as archive:
             # beside the other members: torch.load refuses an archive with a member outside of its one folder
             folder = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{folder}/{_SUMMARY}", json.dumps(head))
+            archive.writestr(f"{folder}/{MEMBER}", json.dumps(head))
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
@@ -58,26 +53,6 @@ def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise UserError(f"{path}: cannot be written ({error}); {free:.0f} MiB are free in {path.parent}") from error
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """The JSON summary of a checkpoint, without reading its tensors.
-
-    Raises:
-        DamagedCheckpointError: when the file is not a whole checkpoint of this project.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            summary = json.loads(archive.read(next(name for name in archive.namelist() if _is_summary(name))))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except StopIteration:
-        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint (it has no {_SUMMARY})") from None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DamagedCheckpointError(f"{path}: not a whole μOmni checkpoint ({error})") from None
-    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
-        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint of format {FORMAT}")
-    return summary
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,11 +122,6 @@ def as_bytes(data: torch.Tensor) -> bytes:
     return data.cpu().numpy().tobytes()
 
 
-def fingerprint(path: Path) -> str:
-    """The checksum of a checkpoint's contents, as recorded in it: the link of a lineage."""
-    return str(read_summary(path)["sha256"])
-
-
 def periodic_checkpoints(save_dir: Path, name: str) -> list[tuple[int, Path]]:
     """``(step, path)`` of ``<name>_step_<N>.pt`` files, newest first. Steps count over all phases."""
     pattern = re.compile(re.escape(name) + r"_step_(\d+)\.pt")
@@ -216,16 +186,12 @@ def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
     return handle
 
 
-def _is_summary(member: str) -> bool:
-    return member.rpartition("/")[2] == _SUMMARY
-
-
 def _digest(path: Path) -> str:
     """SHA-256 over names and contents of every member but the summary."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if _is_summary(member.filename):
+            if is_summary(member.filename):
                 continue
             digest.update(member.filename.encode())
             with archive.open(member) as stream:

@@ -358,6 +358,8 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(options[0], item, f"{key}[{i}]", problems) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {name: _convert(options[1], item, f"{key}.{name}", problems) for name, item in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -376,8 +378,8 @@ def _name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return "a list"
+    if typing.get_origin(kind) in (tuple, dict):
+        return "a list" if typing.get_origin(kind) is tuple else "an object {...}"
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return _name(typing.get_args(kind)[0]) + " or null"
     return names.get(kind, "an object {...}")

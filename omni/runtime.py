@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,31 +13,7 @@ import numpy as np
 import torch
 
 from omni.config import RunConfig, UserError
-
-log = logging.getLogger("omni")
-
-
-def setup_logging() -> None:
-    """Send the log to standard output, one plain line a message."""
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-
-
-def user_errors(main: Callable[[], int | None]) -> int:
-    """Run a command; a :class:`UserError` becomes one line on standard error and the exit code, not a traceback."""
-    setup_logging()
-    try:
-        return main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+from omni.console import log as log
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from omni.runtime import log
+from omni.console import log
 
 
 class MetricsLog:

@@ -26,16 +26,15 @@ from torch import nn
 
 from omni import checkpoint
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, differences, read_command_line, to_dict
+from omni.console import log, user_errors
 from omni.optim import build_optimizer, lr_ratio, trainable_parameters
 from omni.runtime import (
     Precision,
     isolated_randomness,
-    log,
     random_state,
     restore_random_state,
     seed_everything,
     setup_compute,
-    user_errors,
 )
 from omni.tracking import MetricsLog, Progress, TensorBoard, format_figures
 

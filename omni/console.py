@@ -1,0 +1,43 @@
+"""What a command says and how it ends. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from omni.config import UserError
+
+log = logging.getLogger("omni")
+
+
+class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever ``sys.stdout`` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def setup_logging() -> None:
+    """Send the log to standard output, one plain line a message."""
+    if not log.handlers:
+        handler = _StandardOutput()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def user_errors(main: Callable[[], int | None]) -> int:
+    """Run a command; a :class:`UserError` becomes one line on standard error and the exit code, not a traceback."""
+    setup_logging()
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

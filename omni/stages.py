@@ -1,0 +1,88 @@
+"""The five stages by name: which script trains one, what it leaves, and what it needs. Needs no torch.
+
+The scripts know nothing of one another; this table is what the ``omni`` command knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni.config import UserError
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage.
+
+    Attributes:
+        letter: A to E.
+        script: the file in the root that trains it.
+        prefix: of its configurations, ``configs/<prefix>_<size>.json``.
+        kind: of its final checkpoint, ``<kind>.pt``.
+        needs: kinds of the stages whose checkpoints it is built on.
+        figures: the objects of ``omni eval --json`` that come from it.
+        title: what it trains, in a few words.
+    """
+
+    letter: str
+    script: str
+    prefix: str
+    kind: str
+    needs: tuple[str, ...]
+    figures: tuple[str, ...]
+    title: str
+
+    def config_path(self, size: str) -> Path:
+        """Its shipped configuration of a size."""
+        return Path(f"configs/{self.prefix}_{size}.json")
+
+    def command(self, size: str) -> str:
+        """What a person types to train it."""
+        return f"python {self.script} --config {self.config_path(size)}"
+
+    def checkpoint(self, size: str) -> Path:
+        """Its final checkpoint, where its configuration puts it.
+
+        Raises:
+            UserError: when there is no such configuration here.
+        """
+        values = read_raw_config(self.config_path(size))
+        save_dir = values["run"]["save_dir"] if values.get("run", {}).get("save_dir") else ""
+        return Path(save_dir or f"checkpoints/{values['name']}") / f"{self.kind}.pt"
+
+
+STAGES = (
+    StageInfo("A", "train_text.py", "thinker", "thinker", (), ("thinker",), "Thinker: text"),
+    StageInfo("B", "train_audio_enc.py", "audio_enc", "audio_enc", (), ("audio_enc",), "audio encoder: hearing"),
+    StageInfo("C", "train_vision.py", "vision", "vision", ("thinker",), ("vision",), "vision encoder: seeing"),
+    StageInfo(
+        "D", "train_talker.py", "talker", "talker", ("thinker", "audio_enc"), ("codec", "talker"),
+        "codec, vocoder, Talker: speaking",
+    ),
+    StageInfo(
+        "E", "sft_omni.py", "omni_sft", "omni", ("thinker", "audio_enc", "vision", "talker"), ("omni",),
+        "omni model: all of it together",
+    ),
+)  # fmt: skip
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """A configuration file as plain values; the stage script checks them.
+
+    Raises:
+        UserError: when it is missing or is not a JSON object with a name.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        sizes = sorted(p.stem.removeprefix("thinker_") for p in path.parent.glob("thinker_*.json"))
+        hint = f"a size of {', '.join(sizes)}" if sizes else "to be run from the repository's folder"
+        raise UserError(f"{path}: no such configuration, expected {hint}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a JSON configuration ({error})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise UserError(f'{path}: found no "name", expected a configuration such as {{"name": "thinker_nano", ...}}')
+    return values

@@ -1,0 +1,52 @@
+"""What a checkpoint says of itself, read in a millisecond and without torch.
+
+Every checkpoint holds a JSON member, ``omni.json``: stage, phase, step, configuration, figures, lineage, and a SHA-256
+over all other members. ``omni run`` and everything that only looks at checkpoints reads that and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from omni.config import UserError
+
+FORMAT = 1
+MEMBER = "omni.json"
+
+
+class DamagedCheckpointError(UserError):
+    """A file that is not a whole checkpoint of this project."""
+
+
+def is_summary(member: str) -> bool:
+    """Whether a member of the archive is the summary, in whatever folder it stands."""
+    return member.rpartition("/")[2] == MEMBER
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """The JSON summary of a checkpoint, without reading its tensors.
+
+    Raises:
+        DamagedCheckpointError: when the file is not a whole checkpoint of this project.
+        UserError: when there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            summary = json.loads(archive.read(next(name for name in archive.namelist() if is_summary(name))))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except StopIteration:
+        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint (it has no {MEMBER})") from None
+    except Exception as error:  # the zip reader and its decompressors raise nearly anything on a damaged file
+        raise DamagedCheckpointError(f"{path}: not a whole μOmni checkpoint ({error})") from None
+    if not isinstance(summary, dict) or summary.get("format") != FORMAT:
+        raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint of format {FORMAT}")
+    return summary
+
+
+def fingerprint(path: str | Path) -> str:
+    """The checksum of a checkpoint's contents, as recorded in it: the link of a lineage."""
+    return str(read_summary(path)["sha256"])
