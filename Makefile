@@ -17,7 +17,8 @@ help:
 
 setup: .venv/.ready
 
-# The stamp is written last, so an interrupted set-up is done again and a finished one costs nothing.
+# The stamp is written last, so an interrupted set-up is done again and a finished one costs nothing. The system's
+# certificates are used because a company's proxy has its own.
 .venv/.ready: pyproject.toml uv.lock
 	@python=; \
 	for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -39,7 +40,7 @@ setup: .venv/.ready
 		fi; \
 	fi; \
 	echo "setup: $$("$$python" --version), $$($$uv --version), .venv from uv.lock"; \
-	UV_PROJECT_ENVIRONMENT=.venv "$$uv" sync --quiet --frozen --all-extras --python "$$python" && touch $@
+	UV_SYSTEM_CERTS=true UV_PROJECT_ENVIRONMENT=.venv "$$uv" sync --quiet --frozen --all-extras --python "$$python" && touch $@
 
 demo: setup
 	@.venv/bin/omni run --size nano
