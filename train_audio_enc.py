@@ -86,7 +86,12 @@ def build(config: AudioConfig, precision: Precision) -> Run:
             return {"loss": total / characters, "wer": found.wer().value, "cer": cer, "token_accuracy": max(0, 1 - cer)}
 
         stream = BatchStream(
-            training, config.train.batch_size, config.run.seed, training.lengths, config.run.num_workers
+            training,
+            config.train.batch_size,
+            config.run.seed,
+            training.lengths,
+            config.run.num_workers,
+            short_first=True,
         )
         return Stage([encoder], stream, loss, evaluate, config.train, {"characters": 1.0}, unit="frames")
 

@@ -7,6 +7,7 @@ rate of the project divides it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ except (ImportError, OSError, RuntimeError) as error:
 
 # Level of every waveform (RMS over the louder half of its 20 ms frames): recordings differ 15-fold and more.
 _LEVEL = 0.08
-SILENCE = -1.8376  # normalized log-mel of digital silence: (log(1e-5) + 6) / 3
+# Log-mel values of speech at that level, measured on the micro-world: zero mean and about unit variance after this.
+# The mean matters: with frames centred at 1.3 instead, CTC had a CER of 0.87 after 100 steps where it has 0.46 now.
+_CENTRE, _SPREAD = -2.2, 3.0
+SILENCE = (math.log(1e-5) - _CENTRE) / _SPREAD  # normalized log-mel of digital silence
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,7 @@ def standard_level(wave: torch.Tensor) -> torch.Tensor:
 class LogMel(nn.Module):
     """Waveforms to normalized log-mel frames.
 
-    ``(log(mel + 1e-5) + 6) / 3``: fixed constants, measured on speech at the standard level, bring the values to about
-    zero mean and unit variance, and unlike per-utterance statistics they can be undone by a vocoder.
+    ``(log(mel + 1e-5) + 2.2) / 3``: fixed constants bring the values of speech to about zero mean and unit variance, and unlike per-utterance statistics they can be undone by a vocoder.
     """
 
     def __init__(self, config: MelConfig) -> None:
@@ -116,11 +119,11 @@ class LogMel(nn.Module):
         """[..., samples] to [..., F, M] with F = samples // hop_length, in fp32 whatever autocast says."""
         with torch.autocast(wave.device.type, enabled=False):
             mel = self.mel(wave.float())[..., : wave.shape[-1] // self.config.hop_length]
-            return ((mel + 1e-5).log() + 6).div(3).transpose(-1, -2)
+            return ((mel + 1e-5).log() - _CENTRE).div(_SPREAD).transpose(-1, -2)
 
     def magnitudes(self, log_mel: torch.Tensor) -> torch.Tensor:
         """Undo the normalization: [..., F, M] to mel magnitudes."""
-        return (log_mel.float() * 3 - 6).exp() - 1e-5
+        return (log_mel.float() * _SPREAD + _CENTRE).exp() - 1e-5
 
 
 @functools.lru_cache(maxsize=4)

@@ -51,7 +51,9 @@ class Samples(Protocol):
 class BatchStream:
     """Endless batches of ``samples``, shuffled anew each epoch.
 
-    With ``lengths``, batches are drawn from buckets of similar length, so that little of a batch is padding.
+    With ``lengths``, batches are drawn from buckets of similar length, so that little of a batch is padding; with
+    ``short_first`` as well, the first epoch goes from short to long (SortaGrad, Amodei et al., 2016), which helps CTC
+    to find its first alignments.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class BatchStream:
         seed: int,
         lengths: Sequence[int] | None = None,
         num_workers: int = 0,
+        short_first: bool = False,
     ) -> None:
         assert len(samples) > 0, "a data set without samples must be refused where it is read"
         self.samples = samples
@@ -68,6 +71,7 @@ class BatchStream:
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.num_workers = num_workers
+        self.short_first = short_first
         self.epoch = 0
         self.used = 0  # batches of this epoch
         self.rows: list[int] = []  # indices of the samples in the batch last returned
@@ -113,7 +117,11 @@ class BatchStream:
                 ]
             )
         whole = indices[: self.batches_per_epoch * self.batch_size].reshape(-1, self.batch_size)
-        return [batch.tolist() for batch in whole[rng.permutation(len(whole))]]
+        shuffled = [batch.tolist() for batch in whole[rng.permutation(len(whole))]]
+        if self.short_first and epoch == 0 and self.lengths is not None:
+            lengths = self.lengths
+            shuffled.sort(key=lambda batch: int(lengths[batch].max()))
+        return shuffled
 
     def _plan(self) -> Iterator[list[tuple[int, int]]]:
         epoch, used = self.epoch, self.used

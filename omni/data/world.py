@@ -136,7 +136,7 @@ class Caption:
 class World:
     """What exists and what is held out: every manifest asks this one object."""
 
-    def __init__(self, seed: int = 0, num_heldout_words: int = 60) -> None:
+    def __init__(self, seed: int = 0, num_heldout_words: int = 60, num_free_words: int = 0) -> None:
         self.seed = seed
         rng = random.Random(f"{seed}/combinations")
         # Each held-out pair has a colour and a shape of its own, so that no attribute becomes rare.
@@ -153,7 +153,9 @@ class World:
         free = [word for word in lexicon() if word not in grammar_words()]
         names = rng.sample(HE + SHE, num_heldout_words // 10)
         self.heldout_words = frozenset(rng.sample(free, num_heldout_words - len(names)) + names)
-        self.words = tuple(word for word in lexicon() if word not in self.heldout_words)
+        words = [word for word in lexicon() if word not in self.heldout_words]
+        # a small world has few words, each heard often enough to be learned; 0: all of them
+        self.words = tuple(sorted(rng.sample(words, num_free_words)) if num_free_words else words)
         self.names = tuple(name for name in HE + SHE if name not in self.heldout_words)
 
     def fold(self, *parts: object) -> str:
@@ -161,15 +163,13 @@ class World:
         value = key(self.seed, "fold", *parts)
         return "train" if value < 0.8 else "val" if value < 0.85 else "test"
 
-    def scene_fold(self, scene: Scene) -> str:
-        """Say which split a scene belongs to, and with it every description that fixes all of its places."""
-        return self.fold(*sorted(f"{thing.full_name} {PLACES[thing.place]}" for thing in scene))
+    def scene_fold(self, things: Iterable[Thing]) -> str:
+        """Say which split a scene belongs to: the things decide, not where they are, so that all its captions agree."""
+        return self.fold(*sorted(thing.full_name for thing in things))
 
     def caption_fold(self, caption: Caption) -> str:
-        """Say which split a caption belongs to; one with relations may describe several scenes."""
-        if all(clause.other is None for clause in caption.clauses):
-            return self.scene_fold(tuple(clause.thing for clause in caption.clauses))
-        return self.fold(*sorted(" ".join(fact) for fact in caption.meaning))
+        """Say which split a caption belongs to: that of every scene it may describe."""
+        return self.scene_fold(thing for clause in caption.clauses for thing in clause.things())
 
     def operands_held_out(self, a: int, b: int) -> bool:
         """Say whether two numbers are never added or subtracted in training."""
@@ -234,13 +234,14 @@ class World:
         return tuple(sorted((*scene[:target], thing, *scene[target + 1 :])))
 
     def draw_described(self, rng: random.Random, split: str, combination: bool = False) -> tuple[Scene, Caption]:
-        """Draw a scene with a caption that belongs to its split too; a third of the captions names a relation."""
+        """Draw a scene with a caption; a third of the captions names a relation."""
         related = rng.random() < 0.33
         while True:
             scene = self.draw_scene(rng, split, combination)
             caption = random_caption(rng, scene, related)
-            fitting = self.caption_held_out(caption) if combination else self.caption_fold(caption) == split
-            if fitting and related == any(clause.other is not None for clause in caption.clauses):
+            if related == any(clause.other is not None for clause in caption.clauses) and (
+                not combination or self.caption_held_out(caption)
+            ):
                 return scene, caption
 
     def wrong_captions(

@@ -40,6 +40,7 @@ class Size:
     chats_test: int  # a task
     spoken_test: int  # a task with recordings of its own
     heldout_words: int = 60
+    free_words: int = 0  # words of free speech; 0: the whole lexicon
     voices: int = 48
 
 
@@ -49,9 +50,10 @@ _TEST = Size(
     text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6,
 )  # fmt: skip
 _NANO = Size(
-    text_bytes=1_750_000, images=5_000, images_test=300, tts_train=900, tts_voices=4, asr_free=350, asr_grammar=100,
+    text_bytes=1_750_000, images=5_000, images_test=300, tts_train=900, tts_voices=4, asr_free=300, asr_grammar=300,
     asr_test=150, tts_test=100, image_chats=1_500, captions=300, speech_qa=700, image_speech_qa=350, 
     picture_recordings=150, asr=400, text_qa=2_500, text_chat=400, speech_out=150, chats_test=120, spoken_test=100,
+    free_words=200,
 )  # fmt: skip
 _MICRO = Size(
     text_bytes=6_000_000, images=16_000, images_test=300, tts_train=3_600, tts_voices=16, asr_free=1_700,
@@ -98,7 +100,7 @@ class Plan:
 
 def make_plan(size: Size, seed: int, folder: Path) -> Plan:
     """Draw all that is to be written: the tests first, so that training can keep clear of what they say."""
-    plan = Plan(World(seed, size.heldout_words), size, Recorder(folder / "audio", seed))
+    plan = Plan(World(seed, size.heldout_words, size.free_words), size, Recorder(folder / "audio", seed))
     count = size.images_test
     plan.pictures["test"] = _pictures(plan, "test", count, distinct=True)
     plan.pictures["test_combinations"] = _pictures(plan, "test_combinations", count, distinct=True)
@@ -155,7 +157,7 @@ def _plan_test_speech(plan: Plan) -> None:
         plan.speech[name] = [plan.recorder.record(name, text, next(speaker), vary) for text in texts]
 
     def heard(count: int, split: str) -> list[str]:
-        free = [new(lambda: free_sentence(world, rng, shortest=2)) for _ in range(count * 2 // 5)]
+        free = [new(lambda: free_sentence(world, rng, shortest=2)) for _ in range(count // 4)]
         texts = free + [grammar(split, (3, 18)) for _ in range(count - len(free))]
         rng.shuffle(texts)
         return texts

@@ -1,0 +1,327 @@
+"""Chats for stage E: messages with text, pictures and recordings, as tokens with placeholders and labels.
+
+The template is the one stage A's text uses: ``<|user|>question<|end|><|assistant|>answer<|end|>``. A picture or a
+recording stands in it as as many ``<|image|>`` or ``<|audio|>`` tokens as its projector makes positions; the model puts
+the projected features there. Labels are the assistant's tokens, its end-of-turn token included, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni.config import UserError
+from omni.data.manifest import Row, raise_problems, read_jsonl
+from omni.data.stream import Batch, pad_to
+from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, plain_text
+
+_ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+_MEDIA = {"image": IMAGE, "audio": AUDIO}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message: text, or the path of a picture or recording."""
+
+    kind: str  # text, image or audio
+    value: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclass
+class Chat:
+    """One line of ``sft.jsonl``."""
+
+    where: str
+    messages: list[Message]
+    task: str = "chat"
+    template: str | list[str] = ""
+    held_out: str = ""
+    speak: bool = False
+
+    def paths(self, kind: str) -> list[str]:
+        """The chat's pictures or recordings, in order."""
+        return [part.value for message in self.messages for part in message.parts if part.kind == kind]
+
+    @property
+    def answer(self) -> str:
+        """What the assistant says in the last turn."""
+        return "".join(part.value for part in self.messages[-1].parts)
+
+
+def read_chats(path: str | Path) -> list[Chat]:
+    """All chats of a JSONL file.
+
+    Raises:
+        UserError: listing every malformed message and every missing picture or recording by its line.
+    """
+    chats, problems = [], []
+    for row in read_jsonl(Path(path), ["messages"]):
+        try:
+            chats.append(_chat(row))
+        except ValueError as error:
+            problems.append(f"{row.where}: {error}")
+    raise_problems(problems)
+    return chats
+
+
+def _chat(row: Row) -> Chat:
+    messages = row.values["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages: expected a list of at least one message")
+    parsed = parse_messages(messages)
+    if parsed[-1].role != "assistant":
+        raise ValueError("the last message: expected the assistant's, found the " + parsed[-1].role + "'s")
+    located = [
+        Message(
+            message.role,
+            tuple(part if part.kind == "text" else Part(part.kind, _existing(row, part)) for part in message.parts),
+        )
+        for message in parsed
+    ]
+    values = row.values
+    return Chat(
+        row.where,
+        located,
+        str(values.get("task", "chat")),
+        values.get("template", ""),
+        str(values.get("held_out", "")),
+        values.get("speak") is True,
+    )
+
+
+def _existing(row: Row, part: Part) -> str:
+    path = row.folder / part.value
+    if not path.is_file():
+        raise ValueError(f"{part.kind}: no such file {path}, expected an existing one")
+    return str(path)
+
+
+def parse_messages(messages: Sequence[Any]) -> list[Message]:
+    """Messages in the form of the OpenAI and Hugging Face chat templates.
+
+    Raises:
+        ValueError: saying which message is malformed and what was expected.
+    """
+    parsed = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise ValueError(f"message {number}: expected an object with the role user, assistant or system")
+        content = message.get("content")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, list) or not items:
+            raise ValueError(f"message {number}: content: expected a text or a list of parts")
+        parts = []
+        for item in items:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in ("text", "image", "audio") or not isinstance(item.get(kind), str):
+                raise ValueError(f'message {number}: expected parts such as {{"type": "text", "text": "..."}}')
+            if kind != "text" and message["role"] == "assistant":
+                raise ValueError(f"message {number}: the assistant's content: expected text, found {kind}")
+            parts.append(Part(kind, item[kind]))
+        parsed.append(Message(message["role"], tuple(parts)))
+    return parsed
+
+
+@dataclass
+class Encoded:
+    """A chat as the model takes it: tokens, a label at each position, and its media in the order of their tokens."""
+
+    tokens: list[int]
+    labels: list[int]  # label of the *next* token, or IGNORE
+    images: list[str] = field(default_factory=list)
+    audios: list[str] = field(default_factory=list)
+    audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
+
+
+class ChatEncoder:
+    """Chats to tokens.
+
+    Args:
+        tokenizer: the Thinker's.
+        image_positions: positions that a picture takes.
+        audio_positions: positions that the recording at a path takes.
+        ctx_len: most positions of a chat; all its recordings together take at most a quarter of them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, image_positions: int, audio_positions: Callable[[str], int], ctx_len: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_positions, self.audio_positions, self.ctx_len = image_positions, audio_positions, ctx_len
+        self.cuts = 0  # chats of which something was cut
+
+    def prompt(self, messages: Sequence[Message]) -> Encoded:
+        """Everything up to where the assistant's next answer begins."""
+        encoded = self._encode(messages)
+        encoded.tokens.append(self.tokenizer.special[ASSISTANT])
+        encoded.labels.append(IGNORE)
+        if len(encoded.tokens) > self.ctx_len:
+            raise UserError(f"the chat takes {len(encoded.tokens)} positions, expected at most {self.ctx_len}")
+        return encoded
+
+    def example(self, messages: Sequence[Message]) -> Encoded:
+        """A whole chat for training, cut at the end where it is too long."""
+        encoded = self._encode(messages)
+        if len(encoded.tokens) > self.ctx_len + 1:
+            self.cuts += 1
+            media = {self.tokenizer.special[token] for token in _MEDIA.values()}
+            if media.intersection(encoded.tokens[self.ctx_len :]):
+                raise UserError(f"pictures and recordings alone take more than ctx_len = {self.ctx_len} positions")
+        # the label of a position is the token after it
+        encoded.tokens = encoded.tokens[: self.ctx_len + 1]
+        encoded.labels = encoded.labels[1 : len(encoded.tokens)]
+        encoded.tokens = encoded.tokens[:-1]
+        return encoded
+
+    def _encode(self, messages: Sequence[Message]) -> Encoded:
+        special, encoded = self.tokenizer.special, Encoded([], [])
+        audio_left = self.ctx_len // 4
+        for message in messages:
+            learned = message.role == "assistant"
+            _append(encoded, [special[_ROLES[message.role]]], False)
+            for part in message.parts:
+                if part.kind == "text":
+                    _append(encoded, self.tokenizer.encode(plain_text(part.value)), learned)
+                    continue
+                wanted = self.image_positions if part.kind == "image" else self.audio_positions(part.value)
+                size = wanted if part.kind == "image" else min(wanted, audio_left)
+                if part.kind == "image":
+                    encoded.images.append(part.value)
+                else:
+                    audio_left -= size
+                    self.cuts += size < wanted
+                    encoded.audios.append(part.value)
+                    encoded.audio_positions.append(size)
+                _append(encoded, [special[_MEDIA[part.kind]]] * size, False)
+            _append(encoded, [special[END]], learned)
+        return encoded
+
+
+def _append(encoded: Encoded, tokens: list[int], learned: bool) -> None:
+    encoded.tokens += tokens
+    encoded.labels += tokens if learned else [IGNORE] * len(tokens)
+
+
+@dataclass
+class ChatBatch(Batch):
+    """Chats padded on the right (training) or left (generation), and the encoder features of their media.
+
+    Attributes:
+        tokens_BT: tokens; placeholders where media stand.
+        labels_BT: the next token where the assistant speaks, IGNORE elsewhere.
+        valid_BT: False at padding.
+        patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
+        states_NTD: audio encoder states of all recordings, padded with zeros.
+        positions_N: positions that each recording takes.
+    """
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    valid_BT: torch.Tensor
+    patches_NPD: torch.Tensor
+    states_NTD: torch.Tensor
+    positions_N: torch.Tensor
+
+
+Features = Callable[[str], torch.Tensor]
+
+
+def collate_chats(
+    chats: Sequence[Encoded],
+    image_features: Features,
+    audio_features: Features,
+    pad_id: int,
+    left: bool = False,
+    multiple: int = 16,
+) -> ChatBatch:
+    """One batch from encoded chats; features come from whatever computed or kept them."""
+    B, T = len(chats), max(len(chat.tokens) for chat in chats)
+    T = T if left else pad_to(T, multiple)
+    tokens, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORE)
+    valid = torch.zeros(B, T, dtype=torch.bool)
+    for row, chat in enumerate(chats):
+        size = len(chat.tokens)
+        where = slice(T - size, T) if left else slice(0, size)
+        tokens[row, where] = torch.tensor(chat.tokens)
+        labels[row, where] = torch.tensor(chat.labels)
+        valid[row, where] = True
+    images = [image_features(path) for chat in chats for path in chat.images]
+    audios = [audio_features(path) for chat in chats for path in chat.audios]
+    positions = [size for chat in chats for size in chat.audio_positions]
+    states = torch.zeros(
+        len(audios), max((len(item) for item in audios), default=0), audios[0].shape[1] if audios else 0
+    )
+    for row, item in enumerate(audios):
+        states[row, : len(item)] = item
+    counts = {"answers": int((labels != IGNORE).sum()), "tokens": int(valid.sum())}
+    return ChatBatch(
+        counts,
+        tokens,
+        labels,
+        valid,
+        torch.stack(images) if images else torch.zeros(0, 0, 0),
+        states,
+        torch.tensor(positions, dtype=torch.long),
+    )
+
+
+class ChatSamples:
+    """Chats as training samples, each task as often as its weight says, mixed with windows of stage A's text.
+
+    Args:
+        chats: encoded chats.
+        tasks: the task of each.
+        task_weights: how often a task's chats occur in an epoch (1: once); tasks not named have weight 1.
+        replay: windows of text as encoded chats whose every token is a label; ``replay_share`` of all samples.
+    """
+
+    def __init__(
+        self,
+        chats: Sequence[Encoded],
+        tasks: Sequence[str],
+        task_weights: dict[str, float],
+        collate: Callable[[Sequence[Encoded]], ChatBatch],
+        replay: Sequence[Encoded] = (),
+        replay_share: float = 0.0,
+    ) -> None:
+        unknown = [task for task in task_weights if task not in tasks]
+        if unknown:
+            raise UserError(f"task_weights: found {unknown[0]!r}, expected one of {', '.join(sorted(set(tasks)))}")
+        self._collate = collate
+        picks: list[Encoded] = []
+        for task in sorted(set(tasks)):
+            group = [chat for chat, name in zip(chats, tasks, strict=True) if name == task]
+            wanted = round(len(group) * task_weights.get(task, 1.0))
+            picks += [group[i % len(group)] for i in range(wanted)]
+        self.num_chats = len(picks)
+        wanted = round(self.num_chats * replay_share / (1 - replay_share)) if replay else 0
+        self.samples = picks + [replay[i % len(replay)] for i in range(wanted)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each sample, for batches of similar length."""
+        return [len(chat.tokens) for chat in self.samples]
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> Encoded:
+        """An encoded chat or window of text."""
+        return self.samples[index]
+
+    def collate(self, samples: list[Any]) -> ChatBatch:
+        """One right-padded batch."""
+        return self._collate(samples)

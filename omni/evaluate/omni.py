@@ -1,0 +1,121 @@
+"""Stage E's figures: questions answered greedily, graded by exact match after normalization, beside honest baselines.
+
+``blind`` and ``deaf`` ask the same questions with the picture or recording exchanged for another sample's of the same
+question template; ``prior`` always gives the most frequent answer of the template. A model that sees beats both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omni.data.dialogue import Chat, ChatEncoder, Message, Part
+from omni.features import FeatureStore
+from omni.generate import answer
+from omni.metrics import Figure, accuracy, ratio, word_error_rate
+from omni.models.omni import OmniModel
+from omni.tokenizer import Tokenizer, spoken_text
+
+
+@dataclass
+class Answers:
+    """Raw results: the chats that were asked and what the model answered."""
+
+    chats: list[Chat]
+    answers: list[str]
+
+    def accuracy(self) -> Figure:
+        """Share of exact matches."""
+        return accuracy([chat.answer for chat in self.chats], self.answers)
+
+    def by_template(self) -> dict[str, Figure]:
+        """Accuracy of each question template."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, chat in enumerate(self.chats):
+            groups[str(chat.template)].append(index)
+        return {
+            name: accuracy([self.chats[i].answer for i in rows], [self.answers[i] for i in rows])
+            for name, rows in sorted(groups.items())
+        }
+
+
+class Examiner:
+    """Asks an omni model the last question of chats."""
+
+    def __init__(self, model: OmniModel, tokenizer: Tokenizer, features: FeatureStore) -> None:
+        self.model, self.tokenizer, self.features = model, tokenizer, features
+        self.encoder = ChatEncoder(
+            tokenizer, model.image_positions, features.audio_positions, model.thinker.config.ctx_len
+        )
+
+    def ask(self, chats: Sequence[Chat], max_new_tokens: int = 48) -> Answers:
+        """Greedy answers to the last turn of each chat."""
+        self.features.add(
+            [path for chat in chats for path in chat.paths("image")],
+            [path for chat in chats for path in chat.paths("audio")],
+        )
+        prompts = [self.encoder.prompt(chat.messages[:-1]) for chat in chats]
+        found = answer(self.model, self.tokenizer, prompts, self.features, max_new_tokens)
+        return Answers(list(chats), found)
+
+
+def exchanged(chats: Sequence[Chat], kind: str) -> list[Chat]:
+    """The same chats, each with the pictures or recordings of the next chat of its template."""
+    groups: dict[str, list[Chat]] = defaultdict(list)
+    for chat in chats:
+        groups[str(chat.template)].append(chat)
+    partner: dict[str, list[str]] = {}
+    for group in groups.values():
+        for chat, other in zip(group, group[1:] + group[:1], strict=True):
+            partner[chat.where] = other.paths(kind)
+    result = []
+    for chat in chats:
+        media = iter(partner[chat.where])
+        messages = [
+            Message(m.role, tuple(Part(p.kind, next(media, p.value)) if p.kind == kind else p for p in m.parts))
+            for m in chat.messages
+        ]
+        result.append(dataclasses.replace(chat, messages=messages))
+    return result
+
+
+def prior(chats: Sequence[Chat]) -> Figure:
+    """Accuracy of always giving a template's most frequent answer."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for chat in chats:
+        answers[str(chat.template)][spoken_text(chat.answer)] += 1
+    best = {template: counts.most_common(1)[0][0] for template, counts in answers.items()}
+    return ratio([float(best[str(chat.template)] == spoken_text(chat.answer)) for chat in chats])
+
+
+@dataclass
+class OmniResults:
+    """Everything :func:`examine` found: figures by name and the raw answers behind them by task."""
+
+    figures: dict[str, Figure]
+    answers: dict[str, Answers]
+
+
+def examine(examiner: Examiner, chats: Sequence[Chat]) -> OmniResults:
+    """All question figures of a test set; tasks that it does not hold are left out."""
+    tasks: dict[str, list[Chat]] = defaultdict(list)
+    for chat in chats:
+        combination = chat.task == "image_qa" and chat.held_out == "combination"
+        tasks["image_qa_unseen_combinations" if combination else chat.task].append(chat)
+    figures: dict[str, Figure] = {}
+    answers: dict[str, Answers] = {}
+    for name in ("text_qa", "image_qa", "image_qa_unseen_combinations", "speech_qa", "image_speech_qa"):
+        if tasks[name]:
+            answers[name] = examiner.ask(tasks[name])
+            figures[name] = answers[name].accuracy()
+    for name, kind, suffix in (("image_qa", "image", "blind"), ("speech_qa", "audio", "deaf")):
+        if tasks[name]:
+            answers[f"{name}_{suffix}"] = examiner.ask(exchanged(tasks[name], kind))
+            figures[f"{name}_{suffix}"] = answers[f"{name}_{suffix}"].accuracy()
+            figures[f"{name}_prior"] = prior(tasks[name])
+    if tasks["asr"]:
+        answers["asr"] = examiner.ask(tasks["asr"])
+        figures["asr_wer"] = word_error_rate([chat.answer for chat in tasks["asr"]], answers["asr"].answers)
+    return OmniResults(figures, answers)

@@ -1,0 +1,92 @@
+"""Projectors: what an encoder perceives, as embeddings the Thinker can read among its own.
+
+Both kinds stack ``stack`` neighbouring states into one position (pictures stack squares of patches), so that a
+recording or a picture takes few positions, and both leave with the RMS of the token embeddings, since the Thinker's
+residual stream has known nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from omni.config import Problem
+from omni.models.layers import RMSNorm, init_weights
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Shape of a projector."""
+
+    kind: Literal["linear", "swiglu"] = "swiglu"
+    stack: int = 4  # states a position; for pictures a square number of patches
+    hidden_dim: int = 512
+
+    def problems(self) -> Iterator[Problem]:
+        """Shapes that cannot be built."""
+        if self.stack < 1:
+            yield Problem("stack", str(self.stack), "at least 1")
+
+
+class LinearProjector(nn.Module):
+    """Linear, ReLU, Linear over stacked states, as in SLAM-ASR (Ma et al., 2024)."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(in_dim * config.stack, config.hidden_dim)
+        self.down = nn.Linear(config.hidden_dim, out_dim)
+        self.post_norm = RMSNorm(out_dim)
+        init_weights(self)
+
+    def forward(self, stacked: torch.Tensor) -> torch.Tensor:
+        """[..., stack * in_dim] to [..., out_dim]."""
+        return self.post_norm(self.down(F.relu(self.up(stacked))))
+
+
+class SwiGLUProjector(nn.Module):
+    """RMSNorm, gated hidden layer, RMSNorm over stacked states, as in Tiny Audio (Kroman, 2025)."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.pre_norm = RMSNorm(in_dim * config.stack)
+        self.gate = nn.Linear(in_dim * config.stack, config.hidden_dim, bias=False)
+        self.up = nn.Linear(in_dim * config.stack, config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, out_dim, bias=False)
+        self.post_norm = RMSNorm(out_dim)
+        init_weights(self)
+
+    def forward(self, stacked: torch.Tensor) -> torch.Tensor:
+        """[..., stack * in_dim] to [..., out_dim]."""
+        h = self.pre_norm(stacked)
+        return self.post_norm(self.down(F.silu(self.gate(h)) * self.up(h)))
+
+
+def build_projector(in_dim: int, out_dim: int, config: ProjectorConfig) -> LinearProjector | SwiGLUProjector:
+    """The projector of a configuration."""
+    return (LinearProjector if config.kind == "linear" else SwiGLUProjector)(in_dim, out_dim, config)
+
+
+def match_rms(projector: LinearProjector | SwiGLUProjector, embeddings_VD: torch.Tensor) -> None:
+    """Give a projector's output the RMS of the token embeddings; to be called once, before training."""
+    with torch.no_grad():
+        projector.post_norm.weight.fill_(embeddings_VD.float().square().mean().sqrt())
+
+
+def stack_states(states_BTD: torch.Tensor, stack: int) -> torch.Tensor:
+    """[B, T, D] to [B, ceil(T / stack), stack * D]; the last group is padded with zeros."""
+    B, T, D = states_BTD.shape
+    padded = F.pad(states_BTD, (0, 0, 0, -T % stack))
+    return padded.reshape(B, -1, stack * D)
+
+
+def stack_patches(patches_BPD: torch.Tensor, stack: int) -> torch.Tensor:
+    """Squares of ``stack`` patches become one position: [B, P, D] to [B, P / stack, stack * D] (pixel shuffle)."""
+    B, P, D = patches_BPD.shape
+    side, edge = round(P**0.5), round(stack**0.5)
+    grid = patches_BPD.view(B, side // edge, edge, side // edge, edge, D)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(B, P // stack, stack * D)

@@ -1,0 +1,205 @@
+"""Stage E of five: projectors and fine-tuning make one model of the four before it.
+
+Why: only here do pictures and recordings become something the Thinker can talk about, and its answers audible.
+
+    python sft_omni.py --config configs/omni_sft_nano.json
+
+In: ``sft.jsonl``, a chat a line, with text, pictures and recordings (``data.train``); the checkpoints of stages A to D.
+Out: ``omni.pt`` in ``save_dir``: everything that inference needs, tokenizer included.
+Evaluated by: answers to questions about unseen pictures and recordings, beside a model that cannot see or hear and
+the most frequent answer (``omni eval --stage omni``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omni.load import load_audio_encoder, load_speech, load_thinker, load_vision
+
+from omni.checkpoint import fingerprint, read_summary
+from omni.config import PhaseConfig, StageConfig, UserError, to_dict
+from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats, read_chats
+from omni.data.manifest import hash_files
+from omni.data.stream import BatchStream, ordered_batches
+from omni.data.text import read_text, tokenize
+from omni.evaluate.omni import Examiner
+from omni.features import FeatureStore
+from omni.losses import next_token_loss_sum
+from omni.models.omni import OmniConfig, OmniModel
+from omni.models.projector import ProjectorConfig, match_rms
+from omni.runtime import Precision, log
+from omni.tokenizer import AUDIO, IMAGE, Tokenizer
+from omni.training_utils import Run, Stage, run_stage
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Where the chats are, and how they are mixed."""
+
+    train: str
+    val: str
+    test: str | None = None  # for `omni eval`
+    replay_text: str | None = None  # stage A's text, so that the Thinker does not forget it
+    replay_share: float = 0.1  # of all samples
+    task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
+    val_questions: int = 64  # asked aloud at each validation, of each task
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniSFTConfig(StageConfig):
+    """Configuration of stage E."""
+
+    thinker_ckpt: str
+    audio_ckpt: str
+    vision_ckpt: str
+    talker_ckpt: str
+    data: ChatData
+    image_projector: ProjectorConfig
+    audio_projector: ProjectorConfig
+    projectors: PhaseConfig  # phase 1: the projectors alone
+    sft: PhaseConfig  # phase 2: projectors and Thinker
+    freeze_thinker: bool = False  # phase 2 trains the projectors alone as well
+    ctx_len: int = 0  # 0: the Thinker's
+
+
+def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
+    """Cross-entropy of the assistant's tokens, summed."""
+    x = model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
+    return {"answers": next_token_loss_sum(model.thinker, model.thinker(x).final_BTD, batch.labels_BT)}
+
+
+def build(config: OmniSFTConfig, precision: Precision) -> Run:
+    """The fused model and its phases."""
+    model, tokenizer, lineage = assemble(config)
+    features = FeatureStore(model, config.save_dir / "cache")
+    encoder = ChatEncoder(
+        tokenizer, model.image_positions, features.audio_positions, config.ctx_len or model.thinker.config.ctx_len
+    )
+    collate = functools.partial(
+        collate_chats, image_features=features.image, audio_features=features.audio, pad_id=tokenizer.pad_id
+    )
+
+    @functools.cache
+    def chats(path: str) -> list[Chat]:
+        found = read_chats(path)
+        features.add(
+            [path for chat in found for path in chat.paths("image")],
+            [path for chat in found for path in chat.paths("audio")],
+        )
+        return found
+
+    @functools.cache
+    def training() -> ChatSamples:
+        found = chats(config.data.train)
+        samples = ChatSamples(
+            [encoder.example(chat.messages) for chat in found],
+            [chat.task for chat in found],
+            config.data.task_weights,
+            collate,
+            replay_windows(config, tokenizer, encoder.ctx_len),
+            config.data.replay_share,
+        )
+        if encoder.cuts:
+            log.warning("%d of %d chats were cut to fit %d positions", encoder.cuts, len(found), encoder.ctx_len)
+        return samples
+
+    def phase(trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
+        samples = training()
+        validation = ChatSamples(
+            [encoder.example(chat.messages) for chat in chats(config.data.val)],
+            ["all"] * len(chats(config.data.val)),
+            {},
+            collate,
+        )
+
+        def evaluate(model: OmniModel) -> dict[str, float]:
+            total, targets = 0.0, 0
+            batches = ordered_batches(validation, settings.batch_size, config.run.val_batches, validation.lengths)
+            for batch in batches:
+                total += float(loss(model, batch.to(precision.device))["answers"])
+                targets += batch.counts["answers"]
+            return {
+                "loss": total / targets,
+                **quiz(Examiner(model, tokenizer, features), chats(config.data.val), config),
+            }
+
+        stream = BatchStream(samples, settings.batch_size, config.run.seed, samples.lengths, config.run.num_workers)
+        return Stage(trains, stream, loss, evaluate, settings, {"answers": 1.0}, unit="tokens")
+
+    projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector]
+    tuned = projectors if config.freeze_thinker else [*projectors, model.thinker]
+    return Run(
+        kind="omni",
+        model=model,
+        phases=[
+            ("projectors", lambda: phase(projectors, config.projectors)),
+            ("sft", lambda: phase(tuned, config.sft)),
+        ],
+        model_config=to_dict(model.config),
+        assets={"tokenizer.model": tokenizer.model},
+        lineage=lineage | {"data": hash_files(config.data.train, config.data.val)},
+    )
+
+
+def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str]]:
+    """The four earlier stages as one model, with new projectors; its tokenizer; and the hashes it was built from.
+
+    Raises:
+        UserError: when a checkpoint is missing, or was trained with another tokenizer than the Thinker.
+    """
+    thinker, tokenizer = load_thinker(config.thinker_ckpt)
+    audio_encoder, vision_encoder = load_audio_encoder(config.audio_ckpt), load_vision(config.vision_ckpt)
+    speech = load_speech(config.talker_ckpt)
+    for path in (config.vision_ckpt, config.talker_ckpt):
+        theirs = read_summary(path)["lineage"]["tokenizer"]
+        if theirs != tokenizer.hash:
+            raise UserError(
+                f"{path}: trained with tokenizer {theirs}, but {config.thinker_ckpt} has tokenizer {tokenizer.hash}; "
+                "train that stage again on this Thinker"
+            )
+    omni_config = OmniConfig(
+        thinker.config,
+        audio_encoder.config,
+        vision_encoder.config,
+        speech.config,
+        config.image_projector,
+        config.audio_projector,
+    )
+    model = OmniModel(omni_config, tokenizer.special[IMAGE], tokenizer.special[AUDIO])
+    parts = {"thinker": thinker, "audio_encoder": audio_encoder, "vision_encoder": vision_encoder, "speech": speech}
+    for name, part in parts.items():
+        model.get_submodule(name).load_state_dict(part.state_dict())
+    for projector in (model.image_projector, model.audio_projector):
+        match_rms(projector, thinker.embed_tokens.weight)
+    paths = {"thinker": config.thinker_ckpt, "audio_enc": config.audio_ckpt, "vision": config.vision_ckpt}
+    lineage = {name: fingerprint(Path(path)) for name, path in {**paths, "talker": config.talker_ckpt}.items()}
+    return model, tokenizer, {"tokenizer": tokenizer.hash, **lineage}
+
+
+def replay_windows(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
+    """Windows of stage A's text in which every token is a label."""
+    if config.data.replay_text is None:
+        return []
+    tokens = tokenize(read_text(config.data.replay_text), tokenizer, config.save_dir / "cache").tolist()
+    size = min(ctx_len, 128)  # the length of a chat: long windows among short chats would be mostly padding
+    starts = range(0, len(tokens) - size - 1, size)
+    return [Encoded(tokens[s : s + size], tokens[s + 1 : s + size + 1]) for s in starts]
+
+
+def quiz(examiner: Examiner, chats: Sequence[Chat], config: OmniSFTConfig) -> dict[str, float]:
+    """Share of exact answers to the last question of some validation chats of each kind."""
+    figures = {}
+    for task in ("text_qa", "image_qa", "speech_qa"):
+        some = [chat for chat in chats if chat.task == task][: config.data.val_questions]
+        if some:
+            figures[task] = examiner.ask(some).accuracy().value
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(OmniSFTConfig, build))

@@ -1,0 +1,133 @@
+"""Chats to tokens: labels where the assistant speaks and nowhere else, placeholders, cuts, clear errors."""
+
+import json
+
+import pytest
+import torch
+
+from omni.config import UserError
+from omni.data.dialogue import ChatEncoder, ChatSamples, Encoded, collate_chats, parse_messages, read_chats
+from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer, plain_text
+
+TEXT = ["the big red circle is left of the small blue square.", "how many shapes are there? two.", "yes no maybe"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXT, 400)
+
+
+def encoder(tokenizer, ctx_len=128, audio=lambda path: 7):
+    return ChatEncoder(tokenizer, image_positions=4, audio_positions=audio, ctx_len=ctx_len)
+
+
+def chat(*turns):
+    return parse_messages([{"role": role, "content": content} for role, content in turns])
+
+
+def test_labels_are_the_assistants_tokens_and_its_end(tokenizer):
+    messages = chat(("user", "how many?"), ("assistant", "two."), ("user", "yes?"), ("assistant", "no"))
+    encoded = encoder(tokenizer).example(messages)
+    assert len(encoded.tokens) == len(encoded.labels)
+    learned = [label for label in encoded.labels if label != IGNORE]
+    assert learned == [*tokenizer.encode("two."), tokenizer.end_id, *tokenizer.encode("no"), tokenizer.end_id]
+    # a label is the token that follows
+    for position, label in enumerate(encoded.labels[:-1]):
+        if label != IGNORE:
+            assert encoded.tokens[position + 1] == label
+
+
+def test_the_template_is_that_of_stage_a(tokenizer):
+    encoded = encoder(tokenizer).prompt(chat(("user", "how many?")))
+    assert tokenizer.decode(encoded.tokens) == "<|user|>how many?<|end|><|assistant|>"
+
+
+def test_media_take_their_positions_in_order(tokenizer):
+    content = [
+        {"type": "audio", "audio": "a.wav"},
+        {"type": "text", "text": "yes"},
+        {"type": "image", "image": "one.png"},
+        {"type": "image", "image": "two.png"},
+    ]
+    encoded = encoder(tokenizer).prompt(chat(("user", content)))
+    assert encoded.images == ["one.png", "two.png"] and encoded.audios == ["a.wav"]
+    assert encoded.tokens.count(tokenizer.special[IMAGE]) == 8
+    assert encoded.tokens.count(tokenizer.special[AUDIO]) == 7
+
+
+def test_audio_takes_at_most_a_quarter_of_the_context(tokenizer):
+    long = encoder(tokenizer, ctx_len=64, audio=lambda path: 100)
+    encoded = long.example(chat(("user", [{"type": "audio", "audio": "a.wav"}]), ("assistant", "yes")))
+    assert encoded.tokens.count(tokenizer.special[AUDIO]) == 16 == encoded.audio_positions[0]
+    assert long.cuts == 1
+
+
+def test_a_long_chat_is_cut_and_counted(tokenizer):
+    short = encoder(tokenizer, ctx_len=16)
+    encoded = short.example(chat(("user", "how many?"), ("assistant", "the big red circle " * 10)))
+    assert len(encoded.tokens) == 16 and short.cuts == 1
+    with pytest.raises(UserError, match="at most 16"):
+        short.prompt(chat(("user", "the big red circle " * 10)))
+
+
+def test_a_user_cannot_write_special_tokens(tokenizer):
+    encoded = encoder(tokenizer).prompt(chat(("user", "yes<|end|><|assistant|>no")))
+    assert encoded.tokens.count(tokenizer.end_id) == 1
+    assert plain_text("<|end|>") != "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"role": "robot", "content": "x"}], "role"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "parts"),
+        ([{"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}], "assistant"),
+        (["text"], "object"),
+    ],
+)
+def test_malformed_messages_are_named(messages, expected):
+    with pytest.raises(ValueError, match=expected):
+        parse_messages(messages)
+
+
+def test_read_chats_lists_every_problem_by_line(tmp_path):
+    path = tmp_path / "sft.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "no.png"}]},
+                {"role": "assistant", "content": "x"},
+            ]
+        },
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(UserError) as caught:
+        read_chats(path)
+    assert f"{path}:2" in str(caught.value) and f"{path}:3" in str(caught.value) and "no.png" in str(caught.value)
+
+
+def test_weights_and_replay_set_how_often_a_task_occurs():
+    chats = [Encoded([i], [i]) for i in range(6)]
+    replay = [Encoded([100], [100]), Encoded([101], [101])]
+    samples = ChatSamples(chats, ["a", "a", "b", "b", "b", "b"], {"a": 3.0, "b": 0.5}, lambda s: s, replay, 0.2)
+    tokens = [samples.sample(i, None).tokens[0] for i in range(len(samples))]
+    assert sorted(tokens[: samples.num_chats]) == [0, 0, 0, 1, 1, 1, 2, 3]
+    assert len(tokens) - samples.num_chats == 2 and set(tokens[-2:]) == {100, 101}
+    with pytest.raises(UserError, match="task_weights"):
+        ChatSamples(chats, ["a"] * 6, {"c": 1.0}, lambda s: s)
+
+
+def test_padding_is_no_label_and_features_keep_their_order():
+    chats = [
+        Encoded([1, 2, 3], [2, 3, 4], images=["x"]),
+        Encoded([5], [6], images=["y"], audios=["z"], audio_positions=[2]),
+    ]
+    batch = collate_chats(chats, lambda p: torch.full((4, 2), float(ord(p))), lambda p: torch.ones(5, 3), pad_id=0)
+    assert batch.counts == {"answers": 4, "tokens": 4}
+    assert batch.tokens_BT.shape[1] % 16 == 0 and (batch.labels_BT[1, 1:] == IGNORE).all()
+    assert batch.patches_NPD[:, 0, 0].tolist() == [ord("x"), ord("y")]
+    left = collate_chats(chats, lambda p: torch.ones(4, 2), lambda p: torch.ones(5, 3), pad_id=0, left=True)
+    assert left.tokens_BT[1].tolist() == [0, 0, 5] and left.valid_BT[1].tolist() == [False, False, True]
