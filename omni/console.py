@@ -11,7 +11,7 @@ from omni.config import UserError
 log = logging.getLogger("omni")
 
 
-class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
+class _StandardOutput(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:

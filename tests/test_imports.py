@@ -22,7 +22,7 @@ LAYERS = {
         "models.vision_encoder", "models.quantizer", "models.projector", "models.vocoder", "models.speaker"),
     3: ("training_utils", "losses", "models.codec", "models.talker", "data.text", "data.speech", "data.images",
         "data.dialogue"),
-    4: ("models.speech", "data.voices", "data.synthetic"),
+    4: ("models.speech", "data.voices", "data.synthetic", "data.check"),
     5: ("models.omni", "generate_speech"),
     6: ("load", "features", "alignment"),
     7: ("generate",),

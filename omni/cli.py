@@ -1,0 +1,105 @@
+"""The `omni` command: reads the words and calls the module that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni.console import user_errors
+from omni.evaluate.suite import NAMES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (0, 1 for a mistake in what was given, 2 for wrong usage)."""
+    words = build_parser().parse_args(arguments)
+    return user_errors(lambda: words.function(words))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="omni", description="Train a whole omni model from random weights, and look at what it learned."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="data, stages A to E, evaluation and report; continues where it stopped")
+    run.add_argument("--size", required=True, help="nano, micro, ...: the configurations configs/<stage>_<size>.json")
+    run.add_argument("--dry-run", action="store_true", help="show the steps and do none")
+    run.set_defaults(function=_run)
+
+    evaluate = commands.add_parser("eval", help="held-out figures of every stage, with n and a 95 %% interval")
+    evaluate.add_argument("--size", required=True, help="whose checkpoints: those of configs/<stage>_<size>.json")
+    evaluate.add_argument("--stage", choices=NAMES, action="append", default=[], help="only this; may be repeated")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    evaluate.add_argument("--text", metavar="FILE", help="evaluate the thinker on this text")
+    evaluate.add_argument("--asr", metavar="FILE", help="evaluate the audio encoder on this CSV (wav,text)")
+    evaluate.add_argument("--images", metavar="FILE", help="evaluate the vision encoder on this JSON (image, caption)")
+    evaluate.add_argument("--tts", metavar="FILE", help="evaluate codec and talker on this CSV (wav,text,speaker)")
+    evaluate.add_argument("--sft", metavar="FILE", help="evaluate the omni model on these chats (JSONL)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="at most N sentences of each speech-output set")
+    evaluate.add_argument("--quiet", action="store_true", help="print no table")
+    evaluate.set_defaults(function=_evaluate)
+
+    data = commands.add_parser("data", help="write the micro-world; check manifests")
+    kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
+    synth.add_argument("--size", required=True, help="nano, micro, tiny or test")
+    synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.set_defaults(function=_synth)
+    check = kinds.add_parser("check", help="read every manifest that configurations name; list all problems")
+    check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
+    check.set_defaults(function=_check)
+    return parser
+
+
+def _run(words: argparse.Namespace) -> int:
+    from omni.run import run
+
+    return run(words.size, words.dry_run)
+
+
+def _evaluate(words: argparse.Namespace) -> int:
+    from omni.evaluate.suite import OwnSets, evaluate
+    from omni.report import results_table
+    from omni.run import write_whole
+
+    own = OwnSets(words.text, words.asr, words.images, words.tts, words.sft)
+    results = evaluate(words.size, words.stage, own, words.limit)
+    if words.json is not None:
+        write_whole(words.json, json.dumps(results.figures, indent=1) + "\n")
+    if results.figures and not words.quiet:
+        print(results_table(results.figures))
+    for line in results.missing:
+        print(line, file=sys.stderr)
+    return 1 if results.missing else 0
+
+
+def _synth(words: argparse.Namespace) -> int:
+    from omni.config import UserError
+    from omni.data.synthetic import SIZES, synthesize
+
+    if words.size not in SIZES:
+        raise UserError(f"--size: found {words.size!r}, expected one of {', '.join(SIZES)}", exit_code=2)
+    made = synthesize(words.size, words.out, words.seed)
+    state = f"written in {made['seconds']:.0f} s" if made["created"] else "already there, whole"
+    counts = ", ".join(f"{sum(made[name].values()):,} {name}" for name in ("documents", "recordings", "pictures"))
+    print(f"{made['folder']}: {state}: {counts}")
+    return 0
+
+
+def _check(words: argparse.Namespace) -> int:
+    from omni.data.check import check_configs
+
+    problems = check_configs(words.configs)
+    for problem in problems:
+        print(problem)
+    print(f"{len(words.configs)} configurations, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

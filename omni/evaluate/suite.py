@@ -1,0 +1,215 @@
+"""`omni eval`: the held-out figures of every stage, each from its checkpoint alone.
+
+The test sets are those that the configuration inside the checkpoint names; a person's own sets take their place.
+torch is imported when a stage is evaluated, so that `omni --help` is instant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni.config import RunConfig, UserError
+from omni.console import log
+from omni.stages import STAGES, StageInfo
+from omni.summary import read_summary
+
+if TYPE_CHECKING:
+    from omni.models.thinker import Thinker
+    from omni.tokenizer import Tokenizer
+
+NAMES = tuple(name for stage in STAGES for name in stage.figures)
+
+
+@dataclass(frozen=True)
+class OwnSets:
+    """Test sets that take the place of the configuration's; None keeps those."""
+
+    text: str | None = None
+    asr: str | None = None
+    images: str | None = None
+    tts: str | None = None
+    sft: str | None = None
+
+
+@dataclass
+class Results:
+    """Figures by stage as plain values, and a line for each stage that could not be evaluated."""
+
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What an evaluation is given."""
+
+    size: str
+    own: OwnSets
+    limit: int | None
+
+    def path(self, kind: str) -> Path:
+        """The final checkpoint of a kind."""
+        return _stage(kind).checkpoint(self.size)
+
+    def data(self, kind: str) -> dict[str, Any]:
+        """The data section of the configuration that a checkpoint was trained with."""
+        return dict(read_summary(self.path(kind))["config"]["data"])
+
+    def test_set(self, kind: str, own: str | None, option: str) -> str:
+        """The person's own set, or the one that the checkpoint's configuration names."""
+        data = self.data(kind)
+        found = own or data["test"] or data["val"]
+        if not found:
+            raise UserError(
+                f"{self.path(kind)}: its configuration names no data.test and no data.val, expected one; "
+                f"give a set with {option} FILE"
+            )
+        return str(found)
+
+
+def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, limit: int | None = None) -> Results:
+    """Evaluate the stages named, or all of them; those without a checkpoint are reported, not raised.
+
+    Args:
+        size: of the configurations whose checkpoints are meant.
+        names: of :data:`NAMES`; empty: all.
+        own: test sets that take the place of the configuration's.
+        limit: sentences of each speech-output set; None: all.
+
+    Raises:
+        UserError: when a test set is missing or malformed.
+    """
+    from omni.runtime import setup_compute
+
+    setup_compute(RunConfig(device="cpu"))
+    case, results = _Case(size, own or OwnSets(), limit), Results()
+    for name in names or NAMES:
+        stage = next(stage for stage in STAGES if name in stage.figures)
+        lacking = [kind for kind in _built_on(name, stage) if not case.path(kind).exists()]
+        if lacking:
+            first = _stage(lacking[0])
+            results.missing.append(f"{name}: no {case.path(first.kind)}; run `{first.command(size)}` first")
+            continue
+        started = time.perf_counter()
+        results.figures[name] = {key: figure.to_dict() for key, figure in _EVALUATIONS[name](case).items()}
+        log.info("%s evaluated in %.1f s", name, time.perf_counter() - started)
+    return results
+
+
+def _stage(kind: str) -> StageInfo:
+    return next(stage for stage in STAGES if stage.kind == kind)
+
+
+def _built_on(name: str, stage: StageInfo) -> tuple[str, ...]:
+    """The checkpoints that an evaluation reads: speech output is graded by stage B's recognizer."""
+    return {"codec": ("audio_enc", "talker"), "talker": ("thinker", "audio_enc", "talker")}.get(name, (stage.kind,))
+
+
+def _thinker(case: _Case) -> dict[str, Any]:
+    from omni.data.text import read_text
+    from omni.evaluate.ngram import KneserNey
+    from omni.load import load_thinker
+    from omni.metrics import ratio
+
+    thinker, tokenizer = load_thinker(case.path("thinker"))
+    likelihood, text = _likelihood(thinker, tokenizer, case)
+    # of a larger corpus the n-grams alone would take gigabytes
+    training = read_text(case.data("thinker")["train"])[:_NGRAM_CHARACTERS]
+    yardstick = ratio(*KneserNey(training).bits_per_byte(text))
+    return {
+        "bits_per_byte": likelihood.bits_per_byte(),
+        "bits_per_byte_5gram": yardstick,
+        "perplexity": likelihood.perplexity(),
+    }
+
+
+_NGRAM_CHARACTERS = 20_000_000
+
+
+def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[Any, str]:
+    """How well a Thinker predicts stage A's test text, and the very part of the text that it predicted."""
+    import numpy as np
+
+    from omni.data.stream import ordered_batches
+    from omni.data.text import PackedText, read_text
+    from omni.evaluate.thinker import TextLikelihood
+
+    text = read_text(case.test_set("thinker", case.own.text, "--text"))
+    tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
+    likelihood = TextLikelihood(thinker, tokenizer)
+    for batch in ordered_batches(PackedText(tokens, thinker.config.ctx_len), 16):
+        likelihood.add(batch)
+    first = tokenizer.num_bytes(int(tokens[0]))  # is context and not predicted, as are the tokens of no whole window
+    predicted = text.encode()[first : first + int(sum(likelihood.bytes))]
+    return likelihood, predicted.decode(errors="ignore")
+
+
+def _audio_enc(case: _Case) -> dict[str, Any]:
+    from omni.evaluate.audio_enc import infeasible, recognize_manifest
+    from omni.load import load_audio_encoder
+
+    encoder = load_audio_encoder(case.path("audio_enc"))
+    test = case.test_set("audio_enc", case.own.asr, "--asr")
+    found = recognize_manifest(encoder, test)
+    figures = {"wer": found.wer(), "cer": found.cer()}
+    voices = case.data("audio_enc")["test_voices"]
+    if voices and not case.own.asr:
+        figures["wer_unseen_voices"] = recognize_manifest(encoder, voices).wer()
+    return {**figures, "infeasible": infeasible(encoder, test)}
+
+
+def _vision(case: _Case) -> dict[str, Any]:
+    from omni.evaluate.vision import vision_figures
+    from omni.load import load_vision_and_tokenizer
+
+    encoder, tokenizer = load_vision_and_tokenizer(case.path("vision"))
+    test = case.test_set("vision", case.own.images, "--images")
+    combinations = None if case.own.images else case.data("vision")["test_combinations"]
+    return vision_figures(encoder, tokenizer, test, combinations)
+
+
+def _codec(case: _Case) -> dict[str, Any]:
+    from omni.evaluate.talker import codec_figures
+    from omni.load import load_audio_encoder, load_speech
+
+    test = case.test_set("talker", case.own.tts, "--tts")
+    return codec_figures(load_speech(case.path("talker")), load_audio_encoder(case.path("audio_enc")), test, case.limit)
+
+
+def _talker(case: _Case) -> dict[str, Any]:
+    from omni.evaluate.talker import talker_figures
+    from omni.load import load_audio_encoder, load_speech, load_thinker
+
+    model, data = load_speech(case.path("talker")), case.data("talker")
+    test = case.test_set("talker", case.own.tts, "--tts")
+    words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
+    mind = load_thinker(case.path("thinker")) if model.config.talker.state_dim else None
+    return talker_figures(model, load_audio_encoder(case.path("audio_enc")), test, words, voices, mind, case.limit)
+
+
+def _omni(case: _Case) -> dict[str, Any]:
+    from omni.data.dialogue import read_chats
+    from omni.evaluate.omni import Examiner, examine
+    from omni.features import FeatureStore
+    from omni.load import load_omni
+
+    model, tokenizer = load_omni(case.path("omni"))
+    chats = read_chats(case.test_set("omni", case.own.sft, "--sft"))
+    figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, FeatureStore(model)), chats).figures)
+    if case.path("thinker").exists():
+        figures["bits_per_byte"] = _likelihood(model.thinker, tokenizer, case)[0].bits_per_byte()
+    return figures
+
+
+_EVALUATIONS: dict[str, Callable[[_Case], dict[str, Any]]] = {
+    "thinker": _thinker,
+    "audio_enc": _audio_enc,
+    "vision": _vision,
+    "codec": _codec,
+    "talker": _talker,
+    "omni": _omni,
+}
