@@ -75,7 +75,7 @@ class Codec(nn.Module):
         self.decoder = nn.ModuleList(ConvLayer(config.dim, config.kernel, hidden) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.out_proj = nn.Linear(config.dim, patch)
-        init_weights(self, std=config.dim**-0.5)
+        init_weights(self)
 
     def num_codes(self, num_frames: torch.Tensor) -> torch.Tensor:
         """Code frames for a number of mel frames."""

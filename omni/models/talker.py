@@ -114,9 +114,6 @@ class Talker(nn.Module):
         for embedding in (part for part in self.modules() if isinstance(part, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.1)
         nn.init.normal_(self.speaker_proj.weight, std=0.5)  # of unit vectors: entries are small
-        for part in (*self.place_proj, self.text_proj):
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=part.in_features**-0.5)
         scale_residual_outputs(self.blocks)
 
     # ---- text and timing ----

@@ -52,7 +52,7 @@ class Vocoder(nn.Module):
         self.layers = nn.ModuleList(ConvLayer(config.dim, config.kernel, hidden) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.out_proj = nn.Linear(config.dim, 3 * self.num_bins)  # log-magnitude, and the phase as a vector
-        init_weights(self, std=config.dim**-0.5)
+        init_weights(self)
         front = log_mel(mel)
         self.register_buffer("window_N", torch.hann_window(mel.n_fft), persistent=False)
         self.register_buffer("inverse_SM", torch.linalg.pinv(front.mel.mel_scale.fb.T), persistent=False)
