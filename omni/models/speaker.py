@@ -38,7 +38,7 @@ class SpeakerEncoder(nn.Module):
             for number, (inside, outside) in enumerate(itertools.pairwise(widths))
         )
         self.out_proj = nn.Linear(2 * config.dim, config.embedding_dim)
-        init_weights(self, std=(2 * config.dim) ** -0.5)
+        init_weights(self)
         self.log_scale = nn.Parameter(torch.tensor(2.3))  # of the similarities in the loss: exp(2.3) = 10
 
     def forward(self, frames_BFM: torch.Tensor, num_frames_B: torch.Tensor | None = None) -> torch.Tensor:
