@@ -14,25 +14,28 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from omni.load import load_audio_encoder, load_speech, load_thinker, load_vision
 
 from omni.checkpoint import fingerprint, read_summary
-from omni.config import PhaseConfig, StageConfig, UserError, to_dict
+from omni.config import PhaseConfig, Problem, StageConfig, UserError, to_dict
 from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats, read_chats
 from omni.data.manifest import hash_files
+from omni.data.speech import read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import read_text, tokenize
+from omni.data.voices import Voices
 from omni.evaluate.omni import Examiner
 from omni.features import FeatureStore
+from omni.load import load_audio_encoder, load_speech, load_thinker, load_vision
 from omni.losses import next_token_loss_sum
 from omni.models.omni import OmniConfig, OmniModel
 from omni.models.projector import ProjectorConfig, match_rms
 from omni.runtime import Precision, log
+from omni.talker_stage import talker_stage
 from omni.tokenizer import AUDIO, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
@@ -47,7 +50,9 @@ class ChatData:
     replay_text: str | None = None  # stage A's text, so that the Thinker does not forget it
     replay_share: float = 0.1  # of all samples
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
-    val_questions: int = 64  # asked aloud at each validation, of each task
+    val_questions: int = 64  # asked at each validation, of each task
+    speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
+    speech_val: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +68,15 @@ class OmniSFTConfig(StageConfig):
     audio_projector: ProjectorConfig
     projectors: PhaseConfig  # phase 1: the projectors alone
     sft: PhaseConfig  # phase 2: projectors and Thinker
+    talker: PhaseConfig  # phase 3: the Talker, on the states of the Thinker as it is now
     freeze_thinker: bool = False  # phase 2 trains the projectors alone as well
     ctx_len: int = 0  # 0: the Thinker's
+    val_sentences: int = 16  # generated and graded at each validation of the Talker
+
+    def problems(self) -> Iterator[Problem]:
+        """What phase 3 lacks."""
+        if (self.data.speech_train is None) != (self.data.speech_val is None):
+            yield Problem("data.speech_val", "speech_train without speech_val or the reverse", "both or neither")
 
 
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
@@ -131,15 +143,35 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         stream = BatchStream(samples, settings.batch_size, config.run.seed, samples.lengths, config.run.num_workers)
         return Stage(trains, stream, loss, evaluate, settings, {"answers": 1.0}, unit="tokens")
 
+    def talker() -> Stage:
+        assert config.data.speech_train and config.data.speech_val
+        voices = [
+            Voices(read_speech_manifest(path), model.speech.config.mel)
+            for path in (config.data.speech_train, config.data.speech_val)
+        ]
+        return talker_stage(
+            model.speech,
+            model.audio_encoder,
+            (model.thinker, tokenizer) if model.speech.config.talker.state_dim else None,
+            (voices[0], voices[1]),
+            config.talker,
+            config.run,
+            (config.save_dir / "cache", lineage["audio_enc"]),
+            config.val_sentences,
+        )
+
     projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector]
     tuned = projectors if config.freeze_thinker else [*projectors, model.thinker]
+    phases: list[tuple[str, Callable[[], Stage]]] = [
+        ("projectors", lambda: phase(projectors, config.projectors)),
+        ("sft", lambda: phase(tuned, config.sft)),
+    ]
+    if config.data.speech_train:
+        phases.append(("talker", talker))
     return Run(
         kind="omni",
         model=model,
-        phases=[
-            ("projectors", lambda: phase(projectors, config.projectors)),
-            ("sft", lambda: phase(tuned, config.sft)),
-        ],
+        phases=phases,
         model_config=to_dict(model.config),
         assets={"tokenizer.model": tokenizer.model},
         lineage=lineage | {"data": hash_files(config.data.train, config.data.val)},

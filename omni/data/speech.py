@@ -133,7 +133,7 @@ class Transcribed:
         """Frames [F, M], masked by SpecAugment in training, and symbols."""
         frames = self.recordings.frames(index)
         if rng is not None and self.augment:
-            frames = spec_augment(frames, rng, num_masks=2, width=40)
+            frames = spec_augment(frames, rng, num_masks=2, width=16)
         return frames, self.symbols[index]
 
     def collate(self, samples: list[Any]) -> SpeechBatch:

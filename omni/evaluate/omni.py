@@ -11,9 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from omni.data.dialogue import Chat, ChatEncoder, Message, Part
+from omni.evaluate.talker import hear
 from omni.features import FeatureStore
 from omni.generate import answer
+from omni.generate_speech import speak
 from omni.metrics import Figure, accuracy, ratio, word_error_rate
 from omni.models.omni import OmniModel
 from omni.tokenizer import Tokenizer, spoken_text
@@ -90,6 +94,27 @@ def prior(chats: Sequence[Chat]) -> Figure:
     return ratio([float(best[str(chat.template)] == spoken_text(chat.answer)) for chat in chats])
 
 
+def say(model: OmniModel, tokenizer: Tokenizer, texts: Sequence[str]) -> list[torch.Tensor]:
+    """Waveforms of texts in the model's first voice, durations and codes predicted; silence for an empty text."""
+    speech = model.speech
+    voice_1E = speech.voice(speech.config.voices[0])[None]
+    spoken = [index for index, text in enumerate(texts) if spoken_text(text)]
+    waves = [torch.zeros(speech.config.mel.sample_rate) for _ in texts]
+    found = speak(
+        speech, [texts[index] for index in spoken], voice_1E.expand(len(spoken), -1), (model.thinker, tokenizer)
+    )
+    for index, item in zip(spoken, found, strict=True):
+        waves[index] = item.wave
+    return waves
+
+
+def spoken_accuracy(examiner: Examiner, answered: Answers) -> Figure:
+    """Share of answers that, spoken and recognized again by the model's own audio encoder, are the right ones."""
+    model = examiner.model
+    waves = say(model, examiner.tokenizer, answered.answers)
+    return accuracy([chat.answer for chat in answered.chats], hear(model.audio_encoder, waves))
+
+
 @dataclass
 class OmniResults:
     """Everything :func:`examine` found: figures by name and the raw answers behind them by task."""
@@ -115,6 +140,9 @@ def examine(examiner: Examiner, chats: Sequence[Chat]) -> OmniResults:
             answers[f"{name}_{suffix}"] = examiner.ask(exchanged(tasks[name], kind))
             figures[f"{name}_{suffix}"] = answers[f"{name}_{suffix}"].accuracy()
             figures[f"{name}_prior"] = prior(tasks[name])
+    if tasks["speech_out"]:
+        answers["speech_out"] = examiner.ask(tasks["speech_out"])
+        figures["speech_out_accuracy"] = spoken_accuracy(examiner, answers["speech_out"])
     if tasks["asr"]:
         answers["asr"] = examiner.ask(tasks["asr"])
         figures["asr_wer"] = word_error_rate([chat.answer for chat in tasks["asr"]], answers["asr"].answers)

@@ -1,0 +1,65 @@
+"""The phase that trains a Talker. Stage D runs it on stage A's Thinker, stage E again on the fine-tuned one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni.alignment import align, mean_embeddings, sentences, speaker_embeddings
+from omni.config import PhaseConfig, RunConfig
+from omni.data.stream import BatchStream, ordered_batches
+from omni.data.voices import SentenceBatch, Sentences, Voices
+from omni.evaluate.talker import Mind, grade_samples, validate_talker
+from omni.models.audio_encoder import AudioEncoder
+from omni.models.speech import SpeechModel
+from omni.models.talker import talker_losses
+from omni.training_utils import Stage
+
+
+def talker_loss(speech: SpeechModel, batch: SentenceBatch) -> dict[str, torch.Tensor]:
+    """Cross-entropy of the codes and of the stop, error of the durations."""
+    losses = talker_losses(speech.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU)
+    return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
+
+
+def talker_stage(
+    speech: SpeechModel,
+    encoder: AudioEncoder,
+    mind: Mind | None,
+    voices: tuple[Voices, Voices],
+    config: PhaseConfig,
+    run: RunConfig,
+    cache: tuple[Path, str],
+    val_sentences: int,
+) -> Stage:
+    """Align the recordings, encode them, and describe the Talker's training on them.
+
+    Args:
+        speech: the model; its codec and speaker encoder are used as they are.
+        encoder: stage B's, for the alignment and for grading.
+        mind: the Thinker whose states the Talker gets, and its tokenizer; None: it does without.
+        voices: training and validation recordings.
+        config: length, batch size and learning rate.
+        run: the run's keys.
+        cache: where alignments are kept, and the hash of the encoder that makes them.
+        val_sentences: sentences generated and graded at each validation.
+    """
+    parts = []
+    for part, name in zip(voices, ("training", "validation"), strict=True):
+        aligned = sentences(speech, part, align(encoder, part, *cache), mind, name)
+        parts.append(Sentences(part, aligned, speaker_embeddings(speech, part)))
+    if tuple(voices[0].names) == speech.config.voices:
+        speech.voices_NE.copy_(mean_embeddings(voices[0], parts[0].embeddings_NE))
+
+    def loss(model: Any, batch: SentenceBatch) -> dict[str, torch.Tensor]:
+        return talker_loss(speech, batch)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        batches = (batch.to(speech.device) for batch in ordered_batches(parts[1], 16, run.val_batches))
+        return validate_talker(speech, batches) | grade_samples(speech, encoder, voices[1], mind, val_sentences)
+
+    stream = BatchStream(parts[0], config.batch_size, run.seed, parts[0].lengths, run.num_workers)
+    weights = {"codes": 1.0, "stop": 0.1, "durations": 1.0}
+    return Stage([speech.talker], stream, loss, evaluate, config, weights, "frames")

@@ -1,0 +1,153 @@
+"""The fused model: what pictures and recordings do to it, and that decoding is the same however it is batched."""
+
+import pytest
+import torch
+
+from omni.data.dialogue import Encoded, collate_chats
+from omni.generate import Sampling, choose, embed_batch, stream_tokens
+from omni.losses import next_token_loss_sum
+from omni.models.audio_encoder import AudioEncoderConfig
+from omni.models.codec import CodecConfig
+from omni.models.omni import OmniConfig, OmniModel, replace_at
+from omni.models.projector import ProjectorConfig, build_projector, match_rms, stack_patches, stack_states
+from omni.models.quantizer import QuantizerConfig
+from omni.models.speaker import SpeakerConfig
+from omni.models.speech import SpeechConfig
+from omni.models.talker import TalkerConfig
+from omni.models.thinker import ThinkerConfig
+from omni.models.vision_encoder import VisionConfig
+from omni.models.vocoder import VocoderConfig
+
+IMAGE, AUDIO, END = 2, 3, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = OmniConfig(
+        ThinkerConfig(ctx_len=96, vocab_size=50, dim=32, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=64),
+        AudioEncoderConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32, conv_kernel=3),
+        VisionConfig(
+            image_size=32, dim=16, num_layers=1, num_heads=2, hidden_dim=32, stem_depth=1, vocab_size=50,
+            text_dim=16, text_layers=1, text_heads=2, text_hidden_dim=32, embed_dim=8,
+        ),
+        SpeechConfig(
+            codec=CodecConfig(dim=16, num_layers=1, quantizer=QuantizerConfig(codebook_size=8, dim=4)),
+            vocoder=VocoderConfig(dim=16, num_layers=1),
+            speaker=SpeakerConfig(dim=8, num_layers=1, embedding_dim=4),
+            talker=TalkerConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32),
+        ),
+        ProjectorConfig(stack=4, hidden_dim=24),
+        ProjectorConfig(kind="linear", stack=3, hidden_dim=24),
+    )  # fmt: skip
+    model = OmniModel(config, IMAGE, AUDIO).eval()
+    for projector in (model.image_projector, model.audio_projector):
+        match_rms(projector, model.thinker.embed_tokens.weight)
+    return model
+
+
+def features(seed, shape):
+    return lambda path: torch.randn(shape, generator=torch.Generator().manual_seed(seed + ord(path)))
+
+
+def chats():
+    picture = Encoded([1, IMAGE, IMAGE, IMAGE, IMAGE, 10, 11, 4, 5], [-100] * 8 + [12], images=["a"])
+    sound = Encoded([1, AUDIO, AUDIO, AUDIO, 4, 5], [-100] * 5 + [13], audios=["b"], audio_positions=[3])
+    text = Encoded([1, 10, 4, 5], [-100] * 3 + [14])
+    return [picture, sound, text]
+
+
+def batch_of(model, chosen, left=False):
+    return collate_chats(chosen, features(0, (16, 16)), features(1, (8, 16)), pad_id=0, left=left)
+
+
+def test_every_picture_patch_and_audio_state_reaches_the_logits(model):
+    batch = batch_of(model, chats())
+    batch.patches_NPD.requires_grad_(True)
+    batch.states_NTD.requires_grad_(True)
+    loss = next_token_loss_sum(model.thinker, model.thinker(embed(model, batch)).final_BTD, batch.labels_BT)
+    loss.backward()
+    assert (batch.patches_NPD.grad.abs().sum(-1) > 0).all()
+    assert (batch.states_NTD.grad.abs().sum(-1) > 0).all()
+
+
+def embed(model, batch):
+    return model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
+
+
+def test_zeroed_image_tokens_change_the_answers_logits_and_no_other_row(model):
+    batch = batch_of(model, chats())
+    with torch.no_grad():
+        seen = model.thinker.logits(model.thinker(embed(model, batch)).final_BTD)
+        batch.patches_NPD.zero_()
+        blind = model.thinker.logits(model.thinker(embed(model, batch)).final_BTD)
+    assert (seen[0, 8] - blind[0, 8]).abs().max() > 1e-4
+    assert torch.equal(seen[1:], blind[1:])
+
+
+def test_a_gradient_reaches_every_projector_and_thinker_parameter(model):
+    model.zero_grad()
+    batch = batch_of(model, chats())
+    next_token_loss_sum(model.thinker, model.thinker(embed(model, batch)).final_BTD, batch.labels_BT).backward()
+    for part in (model.thinker, model.image_projector, model.audio_projector):
+        for name, parameter in part.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_projected_features_have_the_rms_of_token_embeddings(model):
+    wanted = model.thinker.embed_tokens.weight.square().mean().sqrt()
+    projected = model.project_images(torch.randn(3, 16, 16)), model.project_audio(torch.randn(2, 7, 16))
+    for found in projected:
+        assert torch.isclose(found.square().mean().sqrt(), wanted, rtol=0.02)
+    assert projected[0].shape[1] == model.image_positions == 4
+    assert projected[1].shape[1] == model.audio_positions(7) == 3
+
+
+def test_stacking_keeps_neighbours_together():
+    patches = torch.arange(16.0).view(1, 16, 1)
+    assert stack_patches(patches, 4)[0].tolist()[:2] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    states = torch.arange(1.0, 6.0).view(1, 5, 1)
+    assert stack_states(states, 2)[0].tolist() == [[1, 2], [3, 4], [5, 0]]
+
+
+@pytest.mark.parametrize("kind", ["linear", "swiglu"])
+@pytest.mark.parametrize("stack", [1, 2, 3, 5, 8])
+def test_projectors_of_every_kind_and_stack(kind, stack):
+    projector = build_projector(6, 10, ProjectorConfig(kind=kind, stack=stack, hidden_dim=8))
+    assert projector(stack_states(torch.randn(2, 7, 6), stack)).shape == (2, -(-7 // stack), 10)
+
+
+def test_placeholders_and_features_must_agree():
+    with pytest.raises(ValueError, match="2 placeholders for 3 features"):
+        replace_at(torch.zeros(1, 4, 2), torch.tensor([[True, True, False, False]]), torch.ones(3, 2))
+
+
+def test_a_batch_with_left_padding_answers_like_single_prompts(model):
+    def tokens(chosen):
+        batch = batch_of(model, chosen, left=True)
+        return torch.stack(list(stream_tokens(model.thinker, embed_batch(model, batch), batch.valid_BT, END, 12)), 1)
+
+    together = tokens(chats())
+    for row, chat in enumerate(chats()):
+        alone = tokens([chat])[0]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+
+
+def test_cached_decoding_is_the_argmax_of_a_full_pass(model):
+    batch = batch_of(model, chats()[:1], left=True)
+    x = embed_batch(model, batch)
+    found = torch.stack(list(stream_tokens(model.thinker, x, batch.valid_BT, END, 8)), 1)[0]
+    for token in found:
+        with torch.no_grad():
+            logits = model.thinker.logits(model.thinker(x).final_BTD[:, -1])
+        assert logits.argmax().item() == token.item()
+        x = torch.cat([x, model.thinker.embed(token[None, None])], dim=1)
+
+
+def test_sampling_controls():
+    logits = torch.tensor([[3.0, 2.0, 1.0, -5.0]]).expand(500, -1)
+    draw = lambda **keys: set(  # noqa: E731
+        choose(logits, Sampling(temperature=1.0, **keys), torch.Generator().manual_seed(1)).tolist()
+    )
+    assert draw(top_k=2) == {0, 1} and draw(top_p=0.6) == {0} and draw() >= {0, 1, 2}
+    assert choose(logits, Sampling(), None).unique().tolist() == [0]
