@@ -402,7 +402,7 @@ def test_voices() -> None:
     assert len(set(espeak.TRAIN_VOICES)) == 48 and len(set(espeak.UNSEEN_VOICES)) == 8
     assert not set(espeak.TRAIN_VOICES) & set(espeak.UNSEEN_VOICES)
     settings = [espeak.voice_settings(name) for name in (*espeak.TRAIN_VOICES, *espeak.UNSEEN_VOICES)]
-    assert all(130 <= voice.rate <= 190 for voice in settings)
+    assert all(100 <= voice.rate <= 150 for voice in settings)  # about as people speak
     with pytest.raises(ValueError, match="accent-variant-pitch"):
         espeak.voice_settings("en-gb")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni.data.lexicon import PICTURE_QUESTIONS, REQUESTS
-from omni.data.questions import CLOSED, Balance, Question, picture_questions, word_question, written_scene
+from omni.data.questions import CLOSED, IN_CONTEXT, Balance, Question, picture_questions, word_question, written_scene
 from omni.data.recordings import Recorder, Recording
 from omni.data.stories import TELLING, Turns, story_chat, talk, units
 from omni.data.world import Caption, Scene, World, normalize
@@ -88,14 +88,14 @@ class Chats:
     def draw(self, balance: Balance, kind: str, spoken: bool) -> Question:
         """Draw a question that is new in a test, and in training none of the tests'."""
         options: list[Question] = []
-        for _ in range(2000):
+        for _ in range(500):
             question = self._question(kind, spoken)
             if self._is_new(question):
                 options.append(question)
                 if len(options) == 6:
                     break
-        if not options:
-            raise RuntimeError(f"no question of kind {kind!r} is left for {self.split}")
+        if not options:  # all questions of a closed kind are used: there are seven days, but no end of people
+            return self.draw(balance, self.rng.choice(IN_CONTEXT), spoken)
         chosen = balance.pick(self.rng, options)
         self.texts.add(unit(chosen.full_text))
         return chosen
@@ -160,7 +160,7 @@ class Chats:
             self.add("text_chat", kind, "sentence", turns)
 
     def _talk(self, kind: str) -> Turns:
-        while True:
+        for _ in range(500):
             turns = story_chat(self.world, self.rng) if kind == "story" else talk(self.world, self.rng, kind)
             if self.split == "train":
                 if kind != "story" and self.rng.random() < 0.3:
@@ -171,6 +171,7 @@ class Chats:
                 normalize(turns[0][0]) not in self.texts | self.avoid and set(normalize(turns[0][0]).split()) & TELLING
             ):
                 return turns
+        return self._talk("story")  # there are only so many greetings
 
     def asr(self, recordings: Sequence[Recording]) -> None:
         """Ask for a transcript."""
@@ -209,7 +210,11 @@ class Chats:
     def image_speech_qa(self, pictures: Sequence[Picture], count: int, distinct: int) -> None:
         """Ask by voice about a picture; some pictures share a recording, so that there are fewer of these."""
         known: dict[str, list[Recording]] = {}
-        for picture, question in self._one_question_each(pictures, count, combination=False):
+
+        def sayable(question: Question) -> bool:
+            return len(self.picture_recordings) < distinct or question.text in known
+
+        for picture, question in self._one_question_each(pictures, count, False, sayable):
             own = known.setdefault(question.text, [])
             if not own or (len(self.picture_recordings) < distinct and len(own) < 3):
                 own.append(self.recorder.record(f"{self.split}_picture", question.text, next(self.voices)))
@@ -220,35 +225,42 @@ class Chats:
             self.add("image_speech_qa", question.template, "scene", [turn], transcript=recording.text)
 
     def _one_question_each(
-        self, pictures: Sequence[Picture], count: int, combination: bool
+        self,
+        pictures: Sequence[Picture],
+        count: int,
+        combination: bool,
+        sayable: Callable[[Question], bool] = lambda question: True,
     ) -> Iterator[tuple[Picture, Question]]:
         """Choose picture and question together: of forty pictures, one whose answer the template needs."""
         balance, pool = Balance(), list(pictures)
         weights = {name: PICTURE_WEIGHTS.get(name, 1.0) for name in PICTURE_QUESTIONS}
         for template in deal(self.rng, weights, count):
-            options = self._options(template, pool, combination)
+            options = self._options(template, pool, combination, sayable)
             if not options:  # those left cannot be asked this: all may be asked again
                 pool = list(pictures)
-                options = self._options(template, pool, combination)
+                options = self._options(template, pool, combination, sayable)
             if not options:
                 continue
             question = balance.pick(self.rng, options)
-            picture = options[question]
-            pool.remove(picture)
-            yield picture, question
+            index = options[question]
+            pool[index], pool[-1] = pool[-1], pool[index]
+            yield pool.pop(), question
 
-    def _options(self, template: str, pool: list[Picture], combination: bool) -> dict[Question, Picture]:
-        """Return a template's questions about forty pictures, or about more if these allow none."""
-        self.rng.shuffle(pool)
-        options: dict[Question, Picture] = {}
-        for i, picture in enumerate(pool):
-            if i >= 40 and options:
+    def _options(
+        self, template: str, pool: list[Picture], combination: bool, sayable: Callable[[Question], bool]
+    ) -> dict[Question, int]:
+        """Return a template's questions about forty pictures of a pool, or about more if these allow none."""
+        options: dict[Question, int] = {}
+        for number in (40, 400, len(pool)):
+            for index in self.rng.sample(range(len(pool)), min(number, len(pool))):
+                scene = pool[index].scene
+                focus = self.world.held_out_things(scene) if combination else ()
+                asked = picture_questions(
+                    self.world, self.rng, scene, seen_only=not combination, focus=focus, templates=(template,)
+                )
+                options |= dict.fromkeys(filter(sayable, asked.get(template, ())), index)
+            if options:
                 break
-            focus = self.world.held_out_things(picture.scene) if combination else ()
-            asked = picture_questions(
-                self.world, self.rng, picture.scene, seen_only=not combination, focus=focus, templates=(template,)
-            )
-            options |= dict.fromkeys(asked.get(template, ()), picture)
         return options
 
 
