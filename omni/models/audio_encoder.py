@@ -118,7 +118,9 @@ class AudioEncoder(nn.Module):
         """
         valid_BT = padding_mask(num_frames_B, frames_BFM.shape[1])
         num_states_B = num_frames_B
-        x = frames_BFM.transpose(1, 2)
+        # the mean spectrum of an utterance is its voice and its microphone, not its words
+        mean_B1M = (frames_BFM * valid_BT[..., None]).sum(1, keepdim=True) / num_frames_B[:, None, None]
+        x = (frames_BFM - mean_B1M).transpose(1, 2)
         for convolution in self.convolutions:
             # zero what is padding before every convolution, so that padding changes nothing
             x = F.gelu(convolution(x * valid_BT[:, None].to(x.dtype)))
