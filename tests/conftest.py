@@ -1,0 +1,73 @@
+"""What several tests use: a small micro-world, and a stage's script run as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # the models of the tests are too small for two
+
+
+def command(*words: str | Path, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words and return what it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def babble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 short "recordings" (a tone for each letter), their manifest, and a text."""
+    folder = tmp_path_factory.mktemp("babble")
+    rng = np.random.default_rng(0)
+    lines = ["wav,text,speaker"]
+    for index in range(24):
+        text = "".join(rng.choice(list("abcd "), 6)).strip() or "a"
+        tones = [440 * 2 ** (ord(c) % 7 / 3) if c != " " else 0 for c in text]
+        time = np.arange(1600 * 2) / 16000
+        wave = np.concatenate([0.3 * np.sin(2 * np.pi * tone * time) for tone in tones])
+        name, rate = (f"{index}.flac", 16000) if index % 2 else (f"{index}.wav", 8000)
+        soundfile.write(folder / name, wave if rate == 16000 else wave[::2], rate)
+        lines.append(f"{name},{text},s{index % 3}")
+    (folder / "asr.csv").write_text("\n".join(lines) + "\n")
+    words = ["the red circle is above the blue square .", "two and two make four .", "is it green ? yes , it is ."]
+    text = "\n".join(words[i] for i in rng.integers(0, 3, 1200)) + "\n"
+    (folder / "text.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Write a configuration and return its path."""
+
+    def write(values: dict[str, Any]) -> Path:
+        path = tmp_path / f"{values['name']}.json"
+        path.write_text(json.dumps(values))
+        return path
+
+    return write
+
+
+def metrics(save_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl`` without what depends on the clock."""
+    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]

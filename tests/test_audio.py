@@ -1,0 +1,128 @@
+"""Recordings: any rate, channels and format are one sound; what is no sound is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from omni.audio import MelConfig, forced_align, griffin_lim, load_audio, log_mel, save_wav, spec_augment
+from omni.config import UserError
+
+
+def tone(rate: int, seconds: float = 0.5, pitch: float = 440) -> np.ndarray:
+    return 0.3 * np.sin(2 * np.pi * pitch * np.arange(int(rate * seconds)) / rate)
+
+
+def frames(path: Path) -> torch.Tensor:
+    return log_mel(MelConfig())(load_audio(path))
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> torch.Tensor:
+    soundfile.write(tmp_path / "reference.wav", tone(16000), 16000, subtype="FLOAT")
+    return frames(tmp_path / "reference.wav")
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_any_rate_is_the_same_sound(rate: int, reference: torch.Tensor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", tone(rate), rate)
+    found = frames(tmp_path / "x.wav")
+    assert found.shape == reference.shape
+    middle = slice(5, -5)  # the ends differ by the resampling filter's length
+    low = slice(0, 30)  # a tone of 440 Hz lies here; above is only noise
+    assert (found - reference)[middle, low].abs().mean() < 0.05
+    assert (found[middle].argmax(-1) == reference[middle].argmax(-1)).all()
+
+
+def test_another_tone_is_another_sound(reference: torch.Tensor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", tone(16000, pitch=880), 16000)
+    assert (frames(tmp_path / "x.wav")[10].argmax(-1) != reference[10].argmax(-1)).all()
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("x.flac", None), ("x.wav", "PCM_24"), ("x.wav", "FLOAT"),
+                                               ("x.wav", "PCM_U8")])  # fmt: skip
+def test_formats(name: str, subtype: str | None, reference: torch.Tensor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / name, tone(16000), 16000, subtype=subtype)
+    assert (frames(tmp_path / name) - reference)[:, :30].abs().mean() < (0.5 if subtype == "PCM_U8" else 0.05)
+
+
+def test_stereo_is_mixed(reference: torch.Tensor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", np.stack([tone(16000), tone(16000)], 1), 16000, subtype="FLOAT")
+    assert (frames(tmp_path / "x.wav") - reference).abs().mean() < 0.05
+    # one silent channel halves the sound, and the standard level undoes that
+    soundfile.write(tmp_path / "y.wav", np.stack([tone(16000), 0 * tone(16000)], 1), 16000, subtype="FLOAT")
+    assert (frames(tmp_path / "y.wav") - reference).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.1, 3.0])
+def test_level_does_not_matter(gain: float, reference: torch.Tensor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", gain * tone(16000), 16000, subtype="FLOAT")
+    assert torch.allclose(frames(tmp_path / "x.wav")[:, :30], reference[:, :30], atol=0.01)
+
+
+def test_silence_stays_silence(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "x.wav", np.zeros(8000), 16000)
+    assert load_audio(tmp_path / "x.wav").abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"", "not a readable recording"),
+        (b"this is text, not sound", "not a readable recording"),
+    ],
+)
+def test_what_is_no_recording_is_named(content: bytes | None, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.wav: {expected}"):
+        load_audio(path)
+
+
+def test_samples_that_are_not_finite_or_not_there(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2]), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    with pytest.raises(UserError, match=r"nan\.wav: found NaN or Inf"):
+        load_audio(tmp_path / "nan.wav")
+    with pytest.raises(UserError, match=r"none\.wav: found no samples"):
+        load_audio(tmp_path / "none.wav")
+
+
+def test_frame_rate_is_100_a_second() -> None:
+    assert log_mel(MelConfig())(torch.randn(16000)).shape == (100, 80)
+    assert log_mel(MelConfig())(torch.randn(2, 16159)).shape == (2, 100, 80)
+
+
+def test_griffin_lim_undoes_the_spectrogram(reference: torch.Tensor) -> None:
+    wave = griffin_lim(reference, MelConfig())
+    again = log_mel(MelConfig())(wave)
+    size = min(len(again), len(reference))
+    assert (again[5 : size - 5].argmax(-1) == reference[5 : size - 5].argmax(-1)).all()
+
+
+def test_saved_wav_is_clipped_and_read_back(tmp_path: Path) -> None:
+    save_wav(tmp_path / "x.wav", torch.tensor([0.5, 2.0, -3.0]), 16000)
+    assert load_audio(tmp_path / "x.wav", normalize=False).tolist() == pytest.approx([0.5, 1.0, -1.0], abs=1e-3)
+
+
+def test_augmentation_masks_and_leaves_the_original() -> None:
+    original = torch.randn(200, 80)
+    kept = original.clone()
+    masked = spec_augment(original, np.random.default_rng(0), 2, 40)
+    assert torch.equal(original, kept) and 0 < (masked == 0).float().mean() < 0.7
+    assert torch.equal(masked, spec_augment(original, np.random.default_rng(0), 2, 40))
+
+
+def test_forced_alignment_finds_the_symbols() -> None:
+    path = [0, 1, 1, 0, 2, 2, 2, 0, 2, 0]
+    log_probs = torch.full((10, 3), -5.0)
+    log_probs[torch.arange(10), torch.tensor(path)] = -0.01
+    assert forced_align(log_probs, [1, 2, 2], 0) == [(1, 3), (4, 7), (8, 9)]
+    with pytest.raises(ValueError, match="do not fit"):
+        forced_align(log_probs[:3], [2, 2, 1], 0)

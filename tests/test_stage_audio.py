@@ -1,0 +1,86 @@
+"""Stage B as a person runs it, on 8 kHz WAV and 16 kHz FLAC."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni.evaluate.audio_enc import infeasible, recognize_manifest
+from omni.load import load_audio_encoder
+from tests.conftest import ROOT, command, metrics
+
+SCRIPT = ROOT / "train_audio_enc.py"
+Write = Callable[[dict[str, Any]], Path]
+
+
+def config(train: Path, save_dir: Path) -> dict[str, Any]:
+    return {
+        "name": "audio_enc_toy",
+        "data": {"train": str(train), "val_split": 0.2, "spec_augment": False},
+        "model": {"dim": 48, "num_layers": 1, "num_heads": 2, "hidden_dim": 96},
+        "train": {"max_steps": 30, "batch_size": 6, "lr": 0.005, "warmup_steps": 3, "monitor": "cer"},
+        "run": {"save_dir": str(save_dir), "val_freq": 30, "checkpoint_freq": 20, "print_freq": 5,
+                "tensorboard": False},
+    }  # fmt: skip
+
+
+def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_config: Write) -> None:
+    path = write_config(config(babble / "asr.csv", tmp_path / "run"))
+    done = command(SCRIPT, "--config", path)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
+    encoder = load_audio_encoder(tmp_path / "run" / "audio_enc.pt")
+    assert len(recognize_manifest(encoder, babble / "asr.csv", limit=3).hypotheses) == 3
+    assert infeasible(encoder, babble / "asr.csv").value == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "audio_enc.pt").unlink()
+    again = command(SCRIPT, "--config", path, "--save_dir", tmp_path / "again")
+    assert again.returncode == 0 and "step 20)" in again.stdout
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        ("", "empty"),
+        ("wav,text\n", "no rows"),
+        ("path,words\n0.wav,a b\n", "found columns path, words, expected wav, text"),
+        ("wav,text\nnothing.wav,a b\n0.wav,b\n", ":2: wav: no such file"),
+        ("wav,text\n0.wav,\n0.wav,b\n", ":2: found no text"),
+        ("wav,text\n0.wav,a,b\n0.wav,b\n", ":2: more fields than columns"),
+        ("wav,text\nasr.csv,a\n0.wav,b\n", ":2: "),
+        ("wav,text\n0.wav,a\n", "found one row"),
+    ],
+)
+def test_bad_manifest_is_named_and_nothing_overwritten(
+    content: str | None, expected: str, babble: Path, tmp_path: Path, write_config: Write
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(babble, folder)
+    manifest = folder / "bad.csv"
+    if content is not None:
+        manifest.write_text(content)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "audio_enc.pt").write_bytes(b"an earlier one")
+    done = command(SCRIPT, "--config", write_config(config(manifest, tmp_path / "run")))
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith("error: ") and expected in done.stderr and "bad.csv" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "audio_enc.pt").read_bytes() == b"an earlier one"
+
+
+def test_utterances_too_short_for_their_text_are_counted(babble: Path, tmp_path: Path, write_config: Write) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(babble, folder)
+    rows = (folder / "asr.csv").read_text().splitlines()
+    rows[1] = rows[1].rsplit(",", 2)[0] + "," + "far too many words " * 8 + ",s0"
+    (folder / "asr.csv").write_text("\n".join(rows) + "\n")
+    done = command(SCRIPT, "--config", write_config(config(folder / "asr.csv", tmp_path / "run")), "--max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "1 of " in done.stdout and "left out" in done.stdout

@@ -1,0 +1,96 @@
+"""Stage A as a person runs it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni.load import load_thinker
+from omni.summary import read_summary
+from tests.conftest import ROOT, command, metrics
+
+SCRIPT = ROOT / "train_text.py"
+
+
+def config(babble: Path, save_dir: Path, **data: Any) -> dict[str, Any]:
+    return {
+        "name": "thinker_toy",
+        "data": {"train": str(babble / "text.txt"), "vocab_size": 320, **data},
+        "model": {"ctx_len": 32, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 64},
+        "train": {"max_steps": 40, "batch_size": 8, "lr": 0.01, "warmup_steps": 4},
+        "run": {"save_dir": str(save_dir), "val_freq": 20, "checkpoint_freq": 15, "print_freq": 10,
+                "tensorboard": False},
+    }  # fmt: skip
+
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_config: Write) -> None:
+    path = write_config(config(babble, tmp_path / "run"))
+    done = command(SCRIPT, "--config", path)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert "perplexity" in done.stdout and (tmp_path / "run" / "tokenizer.model").exists()
+    thinker, tokenizer = load_thinker(tmp_path / "run" / "thinker.pt")
+    assert tokenizer.decode(tokenizer.encode("two  and\ttwo ☃")) == "two  and\ttwo ☃"
+    assert thinker.embed_tokens.num_embeddings == tokenizer.vocab_size
+    # from the checkpoint of step 30 the same end is reached
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "thinker.pt").unlink()
+    again = command(SCRIPT, "--config", path, "--save_dir", tmp_path / "again")
+    assert again.returncode == 0 and "step 30)" in again.stdout, again.stdout
+    sums = [read_summary(tmp_path / name / "thinker.pt") for name in ("run", "again")]
+    assert sums[0]["figures"] == sums[1]["figures"]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
+
+
+def test_folder_of_texts_and_own_validation(babble: Path, tmp_path: Path, write_config: Write) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(babble / "text.txt", tmp_path / "texts" / name)
+    values = config(babble, tmp_path / "run", train=str(tmp_path / "texts"), val=str(babble / "text.txt"))
+    done = command(SCRIPT, "--config", write_config(values), "--max_steps=2")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "no such file"), (b"", "empty"), (b"\xff\xfe\x00bad", "not UTF-8"), (b"a b c", "")],
+)
+def test_bad_text_is_one_line(
+    content: bytes | None, expected: str, babble: Path, tmp_path: Path, write_config: Write
+) -> None:
+    text = tmp_path / "bad.txt"
+    if content is not None:
+        text.write_bytes(content)
+    done = command(SCRIPT, "--config", write_config(config(babble, tmp_path / "run", train=str(text))))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and expected in done.stderr
+    assert not list((tmp_path / "run").glob("*.pt")) if (tmp_path / "run").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config", "nowhere.json"], "nowhere.json: no such file"),
+        (["--config", "{config}", "--max_stps", "3"], "did you mean --max_steps"),
+        (["--max_steps", "3"], "expected one --config"),
+        ([], "usage"),
+    ],
+)
+def test_wrong_usage(words: list[str], expected: str, babble: Path, tmp_path: Path, write_config: Write) -> None:
+    path = write_config(config(babble, tmp_path / "run"))
+    done = command(SCRIPT, *[word.format(config=path) for word in words])
+    assert done.returncode == (1 if "nowhere.json" in words else 2)
+    assert expected in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_keys() -> None:
+    done = command(SCRIPT, "--help")
+    assert done.returncode == 0 and "--model.ctx_len" in done.stdout and "--run.seed" in done.stdout

@@ -1,0 +1,102 @@
+"""The stream of batches: shuffled, endless, and its position is two integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni.data.stream import Batch, BatchStream, ordered_batches, pad_to
+
+
+@dataclass
+class Numbers(Batch):
+    x: torch.Tensor
+
+
+class Samples:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> Any:
+        return index + (0 if rng is None else float(rng.random()) / 2)
+
+    def collate(self, samples: list[Any]) -> Numbers:
+        return Numbers({"items": len(samples)}, torch.tensor(samples))
+
+
+def take(stream: BatchStream, count: int) -> list[list[float]]:
+    return [next(stream).x.tolist() for _ in range(count)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("lengths", [None, [(7 * i) % 23 for i in range(23)]])
+def test_resume_continues_where_it_stopped(lengths: list[int] | None, workers: int) -> None:
+    whole = take(BatchStream(Samples(23), 4, 5, lengths), 17)  # more than three epochs of five batches
+    for cut in (0, 1, 5, 7, 12):
+        first = BatchStream(Samples(23), 4, 5, lengths, workers)
+        assert take(first, cut) == whole[:cut]
+        again = BatchStream(Samples(23), 4, 5, lengths, workers)
+        again.load_state_dict(first.state_dict())
+        assert take(again, 17 - cut) == whole[cut:]
+        if workers:
+            break  # one position is enough with processes
+
+
+def test_state_is_two_integers_and_does_not_grow() -> None:
+    stream = BatchStream(Samples(23), 4, 5)
+    take(stream, 1003)
+    assert stream.state_dict() == {"epoch": 200, "used": 3}
+
+
+def test_every_epoch_has_another_order_and_every_sample_at_most_once() -> None:
+    stream = BatchStream(Samples(24), 4, 1)
+    first, second = ([index for batch in stream.order(epoch) for index in batch] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert first != second
+    assert BatchStream(Samples(24), 4, 2).order(0) != stream.order(0)
+
+
+def test_augmentation_differs_between_epochs_but_not_between_runs() -> None:
+    a, b = take(BatchStream(Samples(4), 4, 1), 2)
+    assert sorted(map(int, a)) == sorted(map(int, b)) == [0, 1, 2, 3]
+    assert sorted(a) != sorted(b)
+    assert take(BatchStream(Samples(4), 4, 1), 2) == [a, b]
+
+
+def test_batches_hold_similar_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 800).tolist()
+
+    def spread(stream: BatchStream) -> float:
+        return float(np.mean([np.ptp([lengths[i] for i in batch]) for batch in stream.order(0)]))
+
+    assert spread(BatchStream(Samples(800), 8, 0, lengths)) < 0.1 * spread(BatchStream(Samples(800), 8, 0))
+
+
+def test_fewer_samples_than_a_batch() -> None:
+    assert len(take(BatchStream(Samples(3), 8, 0), 2)[1]) == 3
+
+
+def test_rows_say_which_samples_a_batch_held() -> None:
+    stream = BatchStream(Samples(9), 3, 0)
+    for _ in range(7):
+        batch = next(stream)
+        assert [int(x) for x in batch.x] == stream.rows  # type: ignore[attr-defined]
+
+
+def test_evaluation_sees_each_sample_once_and_not_augmented() -> None:
+    batches = list(ordered_batches(Samples(7), 3))
+    assert [batch.x.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    by_length = ordered_batches(Samples(4), 2, None, [4, 3, 2, 1])
+    assert [batch.x.tolist() for batch in by_length] == [[3, 2], [1, 0]]
+    assert len(list(ordered_batches(Samples(7), 3, 2))) == 2
+
+
+def test_pad_to() -> None:
+    assert [pad_to(size, 16) for size in (1, 16, 17)] == [16, 16, 32]

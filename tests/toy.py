@@ -1,0 +1,124 @@
+"""A toy stage for the tests of the loop: two phases, dropout, augmentation, unequal target counts. Also a script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from omni.config import PhaseConfig, StageConfig
+from omni.data.stream import Batch, BatchStream
+from omni.runtime import Precision
+from omni.training_utils import Run, Stage, run_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(StageConfig):
+    """Configuration of the toy."""
+
+    first: PhaseConfig
+    second: PhaseConfig
+    width: int = 8
+    dropout: float = 0.2
+    data_name: str = "a"
+    sleep: float = 0.0
+    poison: tuple[int, ...] = ()  # steps of the first phase whose loss is NaN
+    val_noise: bool = True
+
+
+@dataclass
+class Points(Batch):
+    """Rows of inputs and targets; ``valid_BT`` says which count."""
+
+    x_BTD: torch.Tensor
+    y_BT: torch.Tensor
+    valid_BT: torch.Tensor
+
+
+class Data:
+    """Noisy lines; row i has 1 + i % 5 targets."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.x = rng.normal(size=(37, 5, 4)).astype(np.float32)
+        self.y = self.x.sum(-1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> Any:
+        noise = 0 if rng is None else rng.normal(scale=0.05, size=self.x[index].shape).astype(np.float32)
+        return self.x[index] + noise, self.y[index], np.arange(5) <= index % 5
+
+    def collate(self, samples: list[Any]) -> Points:
+        x, y, valid = (torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
+        return Points({"points": int(valid.sum())}, x, y, valid)
+
+
+class Toy(nn.Module):
+    """Two small parts, one a phase."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(dropout))
+        self.outer = nn.Linear(width, 1)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x_BTD)).squeeze(-1)
+
+
+def error_sum(model: Toy, batch: Points) -> torch.Tensor:
+    return ((model(batch.x_BTD) - batch.y_BT).square() * batch.valid_BT).sum()
+
+
+def build(config: ToyConfig, precision: Precision) -> Run:
+    """The toy and its two phases."""
+    model = Toy(config.width, config.dropout)
+    calls = [0]
+
+    def loss(model: Toy, batch: Points) -> dict[str, torch.Tensor]:
+        calls[0] += 1
+        if config.sleep:
+            import time
+
+            time.sleep(config.sleep)
+        value = error_sum(model, batch)
+        return {"points": value * float("nan") if calls[0] in config.poison else value}
+
+    def evaluate(model: Toy) -> dict[str, float]:
+        data = Data()
+        if config.val_noise:
+            torch.rand(3), np.random.rand(2)  # an evaluation that draws random numbers changes nothing
+        batch = data.collate([data.sample(i, None) for i in range(len(data))])
+        return {"loss": float(error_sum(model, batch)) / batch.counts["points"]}
+
+    def phase(part: nn.Module, settings: PhaseConfig) -> Callable[[], Stage]:
+        def start() -> Stage:
+            stream = BatchStream(Data(), settings.batch_size, config.run.seed)
+            return Stage([part], stream, loss, evaluate, settings, {"points": 1.0}, unit="points")
+
+        return start
+
+    return Run(
+        kind="toy",
+        model=model,
+        phases=[("first", phase(model, config.first)), ("second", phase(model.outer, config.second))],
+        model_config={"width": config.width, "dropout": config.dropout},
+        assets={"notes.txt": b"kept"},
+        lineage={"data": config.data_name},
+    )
+
+
+def settings(save_dir: str, **changes: Any) -> Iterator[str]:
+    """Command-line words for a run of the toy."""
+    for key, value in {"save_dir": save_dir, **changes}.items():
+        yield from (f"--{key}", str(value))
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(ToyConfig, build))
