@@ -20,7 +20,7 @@ def next_token_loss_sum(thinker: Thinker, final_BTD: torch.Tensor, labels_BT: to
 
 
 def contrastive_loss_sum(
-    image_BE: torch.Tensor, text_NE: torch.Tensor, scale: torch.Tensor, same_BB: torch.Tensor
+    image_BE: torch.Tensor, text_NE: torch.Tensor, scale: torch.Tensor, same_BN: torch.Tensor
 ) -> torch.Tensor:
     """Symmetric InfoNCE (Radford et al., 2021) summed over images and over texts, halved.
 
@@ -28,13 +28,14 @@ def contrastive_loss_sum(
         image_BE: unit image embeddings.
         text_NE: unit text embeddings; the first B belong to the images, further ones are hard negatives.
         scale: inverse temperature.
-        same_BB: True where image i is described by caption j as well (duplicates); such pairs count as neither.
+        same_BN: True where text n describes image i as well (duplicates); such pairs count as neither.
     """
-    B = image_BE.shape[0]
-    logits_BN = scale * image_BE @ text_NE.T
-    others = same_BB & ~torch.eye(B, dtype=torch.bool, device=same_BB.device)
-    blocked = F.pad(others, (0, logits_BN.shape[1] - B))
+    B, N = same_BN.shape
+    with torch.autocast(image_BE.device.type, enabled=False):  # times a scale of 100, bf16 would err by 0.4
+        logits_BN = scale.float() * image_BE.float() @ text_NE.float().T
+    others = same_BN & ~torch.eye(B, N, dtype=torch.bool, device=same_BN.device)
     targets = torch.arange(B, device=image_BE.device)
-    by_image = F.cross_entropy(logits_BN.masked_fill(blocked, float("-inf")), targets, reduction="sum")
-    by_text = F.cross_entropy(logits_BN[:, :B].T.masked_fill(others.T, float("-inf")), targets, reduction="sum")
+    logits_BN = logits_BN.masked_fill(others, float("-inf"))
+    by_image = F.cross_entropy(logits_BN, targets, reduction="sum")
+    by_text = F.cross_entropy(logits_BN[:, :B].T, targets, reduction="sum")
     return (by_image + by_text) / 2

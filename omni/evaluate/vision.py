@@ -1,0 +1,142 @@
+"""Stage C's figures: finding a picture's caption among a hundred, and telling it from an almost identical one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni.data.images import Pictures, encode_caption, read_image_manifest, stack_captions
+from omni.data.manifest import Row
+from omni.metrics import Figure, ratio
+from omni.models.vision_encoder import VisionEncoder
+from omni.tokenizer import Tokenizer
+
+
+@dataclass
+class Matching:
+    """Raw results: unit vectors of pictures, of their captions, and of their captions with something exchanged.
+
+    Attributes:
+        captions: the caption of each picture, as written.
+        image_NE: unit vectors of the pictures.
+        text_NE: unit vectors of the captions.
+        swaps: per picture, the unit vector [E] of its wrong caption of each kind.
+    """
+
+    captions: list[str]
+    image_NE: np.ndarray
+    text_NE: np.ndarray
+    swaps: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def retrieval(self, size: int = 100, draws: int = 10, seed: int = 0) -> dict[str, Figure]:
+        """Recall@1 in both directions among ``size`` pictures with distinct captions, over ``draws`` draws of them.
+
+        With fewer distinct captions all of them are used. The interval resamples pictures, each with all of its draws.
+        """
+        rng = np.random.default_rng(seed)
+        groups: dict[str, list[int]] = {}
+        for index, caption in enumerate(self.captions):
+            groups.setdefault(caption, []).append(index)
+        distinct = sorted(groups)
+        hits = {"image_to_text_r1": np.zeros(len(self.captions)), "text_to_image_r1": np.zeros(len(self.captions))}
+        drawn = np.zeros(len(self.captions))
+        for _ in range(draws):
+            chosen = rng.permutation(len(distinct))[:size]
+            indices = np.array([groups[distinct[i]][rng.integers(len(groups[distinct[i]]))] for i in chosen])
+            similarity = self.image_NE[indices] @ self.text_NE[indices].T
+            drawn[indices] += 1
+            hits["image_to_text_r1"][indices] += _first(similarity)
+            hits["text_to_image_r1"][indices] += _first(similarity.T)
+        seen = drawn > 0
+        return {name: ratio(count[seen].tolist(), drawn[seen].tolist()) for name, count in hits.items()}
+
+    def caption_swap(self) -> dict[str, Figure]:
+        """How often a picture lies nearer to its caption than to a wrong one (a tie is half): overall and by kind.
+
+        The overall interval resamples pictures, since the wrong captions of one picture are not independent cases.
+        """
+        found: dict[str, list[float]] = {}
+        right, asked = [], []
+        for image_E, text_E, swaps in zip(self.image_NE, self.text_NE, self.swaps, strict=True):
+            true = image_E @ text_E
+            scores = {kind: _nearer(true, image_E @ swap_E) for kind, swap_E in swaps.items()}
+            for kind, score in scores.items():
+                found.setdefault(kind, []).append(score)
+            if scores:
+                right.append(sum(scores.values()))
+                asked.append(len(scores))
+        if not asked:
+            return {}
+        kinds = {f"caption_swap_{kind}": ratio(values) for kind, values in sorted(found.items())}
+        return {"caption_swap": ratio(right, asked), **kinds}
+
+    def figures(self) -> dict[str, Figure]:
+        """All of them; ``caption_swap`` only where the manifest has swaps."""
+        return {**self.retrieval(), **(self.caption_swap() if self.swaps else {})}
+
+
+def _first(similarity: np.ndarray) -> np.ndarray:
+    """1 where the diagonal is the largest of its row, and alone in that: a constant model finds nothing."""
+    best = similarity.max(axis=1)
+    return ((similarity.diagonal() == best) & ((similarity == best[:, None]).sum(axis=1) == 1)).astype(np.float64)
+
+
+def _nearer(true: float, wrong: float) -> float:
+    return 0.5 if true == wrong else float(true > wrong)
+
+
+@torch.no_grad()
+def embed_pictures(model: VisionEncoder, pictures: Pictures, batch_size: int = 100) -> np.ndarray:
+    """Unit vectors [N, E]."""
+    device, found = model.log_scale.device, []
+    for start in range(0, len(pictures), batch_size):
+        pixels = [pictures.pixels(index) for index in range(start, min(start + batch_size, len(pictures)))]
+        found.append(model.encode_image(torch.from_numpy(np.stack(pixels)).to(device)).pooled_BE.float().cpu())
+    return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def embed_texts(model: VisionEncoder, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 200) -> np.ndarray:
+    """Unit vectors [N, E]."""
+    device, limit, found = model.log_scale.device, model.config.max_text_len, []
+    for start in range(0, len(texts), batch_size):
+        tokens = [encode_caption(text, tokenizer, limit) for text in texts[start : start + batch_size]]
+        tokens_NT, valid_NT = stack_captions(tokens, limit)
+        found.append(model.encode_text(tokens_NT.to(device), valid_NT.to(device)).float().cpu())
+    return torch.cat(found).numpy()
+
+
+def match_rows(model: VisionEncoder, tokenizer: Tokenizer, rows: Sequence[Row], pictures: Pictures) -> Matching:
+    """Embed pictures, captions and swaps."""
+    captions = [str(row.values["caption"]) for row in rows]
+    wrong = [
+        (index, kind, text) for index, row in enumerate(rows) for kind, text in row.values.get("swaps", {}).items()
+    ]
+    texts = embed_texts(model, tokenizer, [*captions, *(text for _, _, text in wrong)])
+    swaps: list[dict[str, np.ndarray]] = [{} for _ in rows]
+    for (index, kind, _), vector_E in zip(wrong, texts[len(rows) :], strict=True):
+        swaps[index][kind] = vector_E
+    return Matching(captions, embed_pictures(model, pictures), texts[: len(rows)], swaps)
+
+
+def match_manifest(
+    model: VisionEncoder, tokenizer: Tokenizer, manifest: str | Path, limit: int | None = None
+) -> Matching:
+    """Embed every entry of a manifest (or the first ``limit``)."""
+    rows = read_image_manifest(manifest)[:limit]
+    return match_rows(model.eval(), tokenizer, rows, Pictures(rows, model.config.image_size))
+
+
+def vision_figures(
+    model: VisionEncoder, tokenizer: Tokenizer, test: str | Path, combinations: str | Path | None = None
+) -> dict[str, Figure]:
+    """The figures of ``omni eval``: of the test manifest, and of unseen combinations where there is such a file."""
+    figures = match_manifest(model, tokenizer, test).figures()
+    if combinations is not None:
+        unseen = match_manifest(model, tokenizer, combinations).figures()
+        figures |= {f"{name}_unseen_combinations": figure for name, figure in unseen.items()}
+    return figures
