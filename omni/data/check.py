@@ -18,7 +18,7 @@ def check_configs(paths: Sequence[Path]) -> list[str]:
             values = read_raw_config(path)
             stage = _stage_of(path, values)
             data = values["data"] if isinstance(values.get("data"), dict) else {}
-            manifests = [data[key] for key in _keys(stage) if data.get(key)]
+            manifests = [str(data[key]) for key in _keys(stage) if data.get(key)]
             if not manifests:
                 problems.append(f"{path}: data: names no {' or '.join(_keys(stage)[:1])}, expected a manifest")
             for manifest in dict.fromkeys(manifests):
@@ -47,7 +47,11 @@ def _stage_of(path: Path, values: dict[str, Any]) -> StageInfo:
 
 
 def _keys(stage: StageInfo) -> tuple[str, ...]:
-    return ("train", "val", *("test", "test_voices", "test_words", "test_combinations", "replay_text"))
+    return (
+        "train",
+        "val",
+        *("test", "test_voices", "test_words", "test_combinations", "replay_text", "speech_train", "speech_val"),
+    )
 
 
 def _read_text(path: str) -> object:
@@ -79,6 +83,8 @@ def _read_images(path: str) -> object:
 def _read_chats(path: str) -> object:
     from omni.data.dialogue import read_chats
 
+    if path.endswith(".csv"):
+        return _read_speech(path)
     return read_chats(path) if path.endswith(".jsonl") else _read_text(path)
 
 
