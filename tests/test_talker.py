@@ -301,7 +301,7 @@ def start(config: Path, save_dir: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -315,7 +315,7 @@ def test_all_phases_killed_and_resumed_equal_an_uninterrupted_run(tmp_path: Path
     config = write_inputs(tmp_path, ["ann", "bob"])
     straight = start(config, tmp_path / "straight")
     broken = start(config, tmp_path / "broken")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # a busy machine
     # killed in the middle of the first phase, and once more in the last
     for step in (3, 11):
         while not (tmp_path / f"broken/talker_step_{step}.pt").exists() and broken.poll() is None:
