@@ -51,7 +51,7 @@ _TEST = Size(
 )  # fmt: skip
 _NANO = Size(
     text_bytes=1_750_000, images=5_000, images_test=300, tts_train=900, tts_voices=4, asr_free=800, asr_grammar=2_000,
-    asr_test=150, tts_test=100, image_chats=1_500, captions=300, speech_qa=700, image_speech_qa=350, 
+    asr_test=150, tts_test=100, image_chats=1_500, captions=300, speech_qa=700, image_speech_qa=350,
     picture_recordings=150, asr=400, text_qa=2_500, text_chat=400, speech_out=150, chats_test=120, spoken_test=100,
     free_words=100,
 )  # fmt: skip
