@@ -346,12 +346,15 @@ class Loop:
                 with self.precision.autocast():
                     terms = self.stage.compute_loss(self.run.model, batch.to(self.precision.device))
                 loss = self._weighted(terms, totals)
-                self.scaler.scale(loss).backward()
+                if loss.requires_grad:  # a batch may hold nothing for what is trained: chats of text for projectors
+                    self.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
         except FloatingPointError as error:  # raised by a model that found NaN or Inf in its outputs
             return float("nan"), float("nan"), str(error)
-        self.scaler.unscale_(self.optimizer)
         value = float(loss_sum)
+        if all(parameter.grad is None for parameter in self.parameters):
+            return value, 0.0, validate_loss(value, self.options.min_loss, self.options.max_loss)
+        self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.options.max_grad_norm)
         problem = validate_loss(value, self.options.min_loss, self.options.max_loss) or check_gradient_explosion(
             norm, self.options.max_grad_explosion

@@ -258,6 +258,15 @@ def test_nan_steps_are_skipped_and_no_others(config: Path, tmp_path: Path) -> No
     assert all(torch.isfinite(value).all() for value in weights(run).values())
 
 
+def test_batches_without_anything_that_is_trained(config: Path, tmp_path: Path) -> None:
+    """Chats of text alone give a projector no gradient; that is no mistake, alone or beside another micro-batch."""
+    assert train(config, tmp_path / "run", "--idle", "[5, 6, 9]") == 0
+    summary = read_summary(tmp_path / "run" / "toy.pt")
+    assert summary["skipped"] == 0 and summary["total_step"] == 18
+    lines = [line for line in metrics(tmp_path / "run") if line["event"] == "train" and line["phase"] == "first"]
+    assert [line["step"] for line in lines if line["grad_norm"] == 0] == [3]
+
+
 def test_too_many_skips_in_a_row_stop_the_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     words = ("--poison", json.dumps(list(range(11, 40))), "--max_consecutive_skips", "3")

@@ -27,7 +27,8 @@ class ToyConfig(StageConfig):
     dropout: float = 0.2
     data_name: str = "a"
     sleep: float = 0.0
-    poison: tuple[int, ...] = ()  # steps of the first phase whose loss is NaN
+    poison: tuple[int, ...] = ()  # calls of the loss that give NaN
+    idle: tuple[int, ...] = ()  # calls of the loss in which nothing that is trained takes part
     val_noise: bool = True
 
 
@@ -88,6 +89,7 @@ def build(config: ToyConfig, precision: Precision) -> Run:
 
             time.sleep(config.sleep)
         value = error_sum(model, batch)
+        value = value.detach() if calls[0] in config.idle else value
         return {"points": value * float("nan") if calls[0] in config.poison else value}
 
     def evaluate(model: Toy) -> dict[str, float]:
