@@ -269,7 +269,7 @@ def _make_examples(size: str, folder: RunFolder) -> None:
     from omni.examples import example_exchanges
 
     path = _stage("omni").checkpoint(size)
-    test = read_summary(path)["config"]["data"]["test"]
+    test = Path(read_summary(path)["config"]["data"]["test"])
     (folder.path / "examples").mkdir(parents=True, exist_ok=True)
     exchanges = example_exchanges(path, test, folder.path / "examples")
     write_whole(folder.path / "examples.json", json.dumps([item.to_dict() for item in exchanges], indent=1) + "\n")
