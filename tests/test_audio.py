@@ -54,7 +54,7 @@ def test_stereo_is_mixed(reference: torch.Tensor, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "x.wav", np.stack([tone(16000), tone(16000)], 1), 16000, subtype="FLOAT")
     assert (frames(tmp_path / "x.wav") - reference).abs().mean() < 0.05
     # one silent channel halves the sound, and the standard level undoes that
-    soundfile.write(tmp_path / "y.wav", np.stack([tone(16000), 0 * tone(16000)], 1), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "y.wav", np.stack([0 * tone(16000), tone(16000)], 1), 16000, subtype="FLOAT")
     assert (frames(tmp_path / "y.wav") - reference).abs().mean() < 0.05
 
 
