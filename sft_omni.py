@@ -85,70 +85,68 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     return {"answers": next_token_loss_sum(model.thinker, model.thinker(x).final_BTD, batch.labels_BT)}
 
 
+class ChatPhases:
+    """What the two phases on chats share: encoder features, encoded chats, validation."""
+
+    def __init__(self, model: OmniModel, tokenizer: Tokenizer, config: OmniSFTConfig, precision: Precision) -> None:
+        self.model, self.tokenizer, self.config, self.precision = model, tokenizer, config, precision
+        self.features = FeatureStore(model, config.save_dir / "cache")
+        ctx_len = config.ctx_len or model.thinker.config.ctx_len
+        self.encoder = ChatEncoder(tokenizer, model.image_positions, self.features.audio_positions, ctx_len)
+        self.collate = functools.partial(
+            collate_chats,
+            image_features=self.features.image,
+            audio_features=self.features.audio,
+            pad_id=tokenizer.pad_id,
+        )
+        self._chats: dict[str, list[Chat]] = {}
+
+    def chats(self, path: str) -> list[Chat]:
+        """The chats of a file, the features of their media computed."""
+        if path not in self._chats:
+            found = self._chats[path] = read_chats(path)
+            self.features.add(
+                [path for chat in found for path in chat.paths("image")],
+                [path for chat in found for path in chat.paths("audio")],
+            )
+        return self._chats[path]
+
+    def training(self) -> ChatSamples:
+        """The training chats, mixed with stage A's text."""
+        found, data = self.chats(self.config.data.train), self.config.data
+        encoded = [self.encoder.example(chat.messages) for chat in found]
+        if self.encoder.cuts:
+            log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
+        replay = replay_windows(self.config, self.tokenizer, self.encoder.ctx_len)
+        tasks = [chat.task for chat in found]
+        return ChatSamples(encoded, tasks, data.task_weights, self.collate, replay, data.replay_share)
+
+    def evaluate(self, model: OmniModel) -> dict[str, float]:
+        """Loss of the validation chats, and some of their questions asked aloud."""
+        chats = self.chats(self.config.data.val)
+        encoded = [self.encoder.example(chat.messages) for chat in chats]
+        samples = ChatSamples(encoded, ["all"] * len(chats), {}, self.collate)
+        total, targets = 0.0, 0
+        for batch in ordered_batches(samples, 32, self.config.run.val_batches, samples.lengths):
+            total += float(loss(model, batch.to(self.precision.device))["answers"])
+            targets += batch.counts["answers"]
+        return {"loss": total / targets, **quiz(Examiner(model, self.tokenizer, self.features), chats, self.config)}
+
+    def stage(self, trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
+        """A phase that trains ``trains`` on the chats."""
+        samples, run = self.training(), self.config.run
+        stream = BatchStream(samples, settings.batch_size, run.seed, samples.lengths, run.num_workers)
+        return Stage(trains, stream, loss, self.evaluate, settings, {"answers": 1.0}, unit="tokens")
+
+
 def build(config: OmniSFTConfig, precision: Precision) -> Run:
     """The fused model and its phases."""
     model, tokenizer, lineage = assemble(config)
-    features = FeatureStore(model, config.save_dir / "cache")
-    encoder = ChatEncoder(
-        tokenizer, model.image_positions, features.audio_positions, config.ctx_len or model.thinker.config.ctx_len
-    )
-    collate = functools.partial(
-        collate_chats, image_features=features.image, audio_features=features.audio, pad_id=tokenizer.pad_id
-    )
-
-    @functools.cache
-    def chats(path: str) -> list[Chat]:
-        found = read_chats(path)
-        features.add(
-            [path for chat in found for path in chat.paths("image")],
-            [path for chat in found for path in chat.paths("audio")],
-        )
-        return found
-
-    @functools.cache
-    def training() -> ChatSamples:
-        found = chats(config.data.train)
-        samples = ChatSamples(
-            [encoder.example(chat.messages) for chat in found],
-            [chat.task for chat in found],
-            config.data.task_weights,
-            collate,
-            replay_windows(config, tokenizer, encoder.ctx_len),
-            config.data.replay_share,
-        )
-        if encoder.cuts:
-            log.warning("%d of %d chats were cut to fit %d positions", encoder.cuts, len(found), encoder.ctx_len)
-        return samples
-
-    def phase(trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
-        samples = training()
-        validation = ChatSamples(
-            [encoder.example(chat.messages) for chat in chats(config.data.val)],
-            ["all"] * len(chats(config.data.val)),
-            {},
-            collate,
-        )
-
-        def evaluate(model: OmniModel) -> dict[str, float]:
-            total, targets = 0.0, 0
-            batches = ordered_batches(validation, settings.batch_size, config.run.val_batches, validation.lengths)
-            for batch in batches:
-                total += float(loss(model, batch.to(precision.device))["answers"])
-                targets += batch.counts["answers"]
-            return {
-                "loss": total / targets,
-                **quiz(Examiner(model, tokenizer, features), chats(config.data.val), config),
-            }
-
-        stream = BatchStream(samples, settings.batch_size, config.run.seed, samples.lengths, config.run.num_workers)
-        return Stage(trains, stream, loss, evaluate, settings, {"answers": 1.0}, unit="tokens")
+    chats = ChatPhases(model, tokenizer, config, precision)
 
     def talker() -> Stage:
-        assert config.data.speech_train and config.data.speech_val
-        voices = [
-            Voices(read_speech_manifest(path), model.speech.config.mel)
-            for path in (config.data.speech_train, config.data.speech_val)
-        ]
+        paths = (config.data.speech_train or "", config.data.speech_val or "")
+        voices = [Voices(read_speech_manifest(path), model.speech.config.mel) for path in paths]
         return talker_stage(
             model.speech,
             model.audio_encoder,
@@ -163,8 +161,8 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
     projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector]
     tuned = projectors if config.freeze_thinker else [*projectors, model.thinker]
     phases: list[tuple[str, Callable[[], Stage]]] = [
-        ("projectors", lambda: phase(projectors, config.projectors)),
-        ("sft", lambda: phase(tuned, config.sft)),
+        ("projectors", lambda: chats.stage(projectors, config.projectors)),
+        ("sft", lambda: chats.stage(tuned, config.sft)),
     ]
     if config.data.speech_train:
         phases.append(("talker", talker))

@@ -21,21 +21,20 @@ from pathlib import Path
 
 import torch
 
-from omni.alignment import align, mean_embeddings, sentences, speaker_embeddings
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
 from omni.config import PhaseConfig, Problem, StageConfig, from_dict, to_dict
 from omni.data.manifest import hash_files, split_rows
 from omni.data.speech import read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.voices import CropBatch, Crops, SentenceBatch, Sentences, VoiceBatch, VoiceCrops, Voices
-from omni.evaluate.talker import Mind, grade_samples, validate_codec, validate_talker, validate_vocoder
+from omni.data.voices import CropBatch, Crops, Sentences, VoiceBatch, VoiceCrops, Voices
+from omni.evaluate.talker import Mind, validate_codec, validate_vocoder
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.speaker import speaker_loss_sum
 from omni.models.speech import SpeechConfig, SpeechModel, filled_in
-from omni.models.talker import talker_losses
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vocoder import spectral_loss_sum
 from omni.runtime import Precision
+from omni.talker_stage import talker_stage
 from omni.tokenizer import Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
@@ -97,12 +96,6 @@ def vocoder_loss(model: SpeechModel, batch: VoiceBatch) -> dict[str, torch.Tenso
     }
 
 
-def talker_loss(model: SpeechModel, batch: SentenceBatch) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the codes and of the stop, error of the durations."""
-    losses = talker_losses(model.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU)
-    return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
-
-
 def load_encoder(config: SpeechStageConfig, precision: Precision) -> AudioEncoder:
     """Stage B's encoder, frozen."""
     tensors, summary = load_input(config.audio_ckpt, "audio_enc", "python train_audio_enc.py --config ...")
@@ -162,20 +155,10 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         )  # fmt: skip
 
     def talker() -> Stage:
-        cache, encoder_hash = config.save_dir / "cache", fingerprint(Path(config.audio_ckpt))
-        parts = []
-        for part, name in ((training, "training"), (validation, "validation")):
-            aligned = sentences(model, part, align(encoder, part, cache, encoder_hash), mind, name)
-            parts.append(Sentences(part, aligned, speaker_embeddings(model, part)))
-        model.voices_NE.copy_(mean_embeddings(training, parts[0].embeddings_NE))
-        likelihood = evaluation(validate_talker, parts[1])
-
-        def evaluate(model: SpeechModel) -> dict[str, float]:
-            return likelihood(model) | grade_samples(model, encoder, validation, mind, config.val_sentences)
-
-        stream = BatchStream(parts[0], config.talker.batch_size, run.seed, parts[0].lengths, run.num_workers)
-        weights = {"codes": 1.0, "stop": 0.1, "durations": 1.0}
-        return Stage([model.talker], stream, talker_loss, evaluate, config.talker, weights, "frames")
+        cache = config.save_dir / "cache", fingerprint(Path(config.audio_ckpt))
+        return talker_stage(
+            model, encoder, mind, (training, validation), config.talker, run, cache, config.val_sentences
+        )
 
     return Run(
         kind="talker",

@@ -7,6 +7,7 @@ rate of the project divides it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def standard_level(wave: torch.Tensor) -> torch.Tensor:
 class LogMel(nn.Module):
     """Waveforms to normalized log-mel frames.
 
-    ``(log(mel + 1e-5) + 2.2) / 3``: fixed constants bring the values of speech to about zero mean and unit variance, and unlike per-utterance statistics they can be undone by a vocoder.
+    ``(log(mel + 1e-5) + 2.2) / 3``: fixed constants bring the values of speech to about zero mean and unit variance,
+    and unlike per-utterance statistics they can be undone by a vocoder.
     """
 
     def __init__(self, config: MelConfig) -> None:
@@ -172,7 +174,7 @@ def forced_align(log_probs_FV: torch.Tensor, targets: list[int], blank: int) -> 
     Raises:
         ValueError: when the frames are too few for the symbols.
     """
-    if len(targets) + sum(a == b for a, b in zip(targets, targets[1:], strict=False)) > len(log_probs_FV):
+    if len(targets) + sum(a == b for a, b in itertools.pairwise(targets)) > len(log_probs_FV):
         raise ValueError(f"{len(targets)} symbols do not fit into {len(log_probs_FV)} frames")
     path, scores = torchaudio.functional.forced_align(
         log_probs_FV[None].float().cpu(), torch.tensor([targets], dtype=torch.int32), blank=blank

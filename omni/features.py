@@ -76,7 +76,7 @@ def _new(paths: Iterable[str], known: dict[str, torch.Tensor]) -> list[str]:
 def _key(encoder: torch.nn.Module, paths: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for weight in encoder.state_dict().values():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     for path in paths:
         status = Path(path).stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())

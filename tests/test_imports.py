@@ -27,7 +27,7 @@ LAYERS = {
     6: ("load", "features", "alignment"),
     7: ("generate",),
     8: ("evaluate",),
-    9: ("examples", "report"),
+    9: ("examples", "report", "talker_stage"),
     10: ("run",),
     11: ("cli",),
 }  # fmt: skip
