@@ -36,7 +36,7 @@ from omni.models.omni import OmniConfig, OmniModel
 from omni.models.projector import ProjectorConfig, match_rms
 from omni.runtime import Precision, log
 from omni.talker_stage import talker_stage
-from omni.tokenizer import AUDIO, IMAGE, Tokenizer
+from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
 
@@ -49,6 +49,7 @@ class ChatData:
     test: str | None = None  # for `omni eval`
     replay_text: str | None = None  # stage A's text, so that the Thinker does not forget it
     replay_share: float = 0.1  # of all samples
+    replay_weight: float = 0.3  # of their loss, per token, beside that of the answers
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
     val_questions: int = 64  # asked at each validation, of each task
     speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
@@ -80,9 +81,17 @@ class OmniSFTConfig(StageConfig):
 
 
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the assistant's tokens, summed."""
+    """Cross-entropy of the assistant's tokens and of replayed text, summed.
+
+    Two terms: a window of text has ten times the labels of an answer, and in one sum would be most of the gradient.
+    """
     x = model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
-    return {"answers": next_token_loss_sum(model.thinker, model.thinker(x).final_BTD, batch.labels_BT)}
+    final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]
+    labels = {
+        "answers": batch.labels_BT.masked_fill(replay_B1, IGNORE),
+        "replay": batch.labels_BT.masked_fill(~replay_B1, IGNORE),
+    }
+    return {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
 
 
 class ChatPhases:
@@ -111,15 +120,18 @@ class ChatPhases:
             )
         return self._chats[path]
 
-    def training(self) -> ChatSamples:
-        """The training chats, mixed with stage A's text."""
+    def training(self, thinker: bool) -> ChatSamples:
+        """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained."""
         found, data = self.chats(self.config.data.train), self.config.data
+        if not thinker:  # text alone would teach the projectors nothing
+            found = [chat for chat in found if chat.paths("image") or chat.paths("audio")]
         encoded = [self.encoder.example(chat.messages) for chat in found]
         if self.encoder.cuts:
             log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
-        replay = replay_windows(self.config, self.tokenizer, self.encoder.ctx_len)
+        replay = replay_windows(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
         tasks = [chat.task for chat in found]
-        return ChatSamples(encoded, tasks, data.task_weights, self.collate, replay, data.replay_share)
+        weights = {task: weight for task, weight in data.task_weights.items() if thinker or task in tasks}
+        return ChatSamples(encoded, tasks, weights, self.collate, replay, data.replay_share)
 
     def evaluate(self, model: OmniModel) -> dict[str, float]:
         """Loss of the validation chats, and some of their questions asked aloud."""
@@ -134,9 +146,10 @@ class ChatPhases:
 
     def stage(self, trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
         """A phase that trains ``trains`` on the chats."""
-        samples, run = self.training(), self.config.run
+        samples, run = self.training(self.model.thinker in trains), self.config.run
         stream = BatchStream(samples, settings.batch_size, run.seed, samples.lengths, run.num_workers)
-        return Stage(trains, stream, loss, self.evaluate, settings, {"answers": 1.0}, unit="tokens")
+        weights = {"answers": 1.0, "replay": self.config.data.replay_weight}
+        return Stage(trains, stream, loss, self.evaluate, settings, weights, unit="tokens")
 
 
 def build(config: OmniSFTConfig, precision: Precision) -> Run:
@@ -218,7 +231,7 @@ def replay_windows(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) ->
     tokens = tokenize(read_text(config.data.replay_text), tokenizer, config.save_dir / "cache").tolist()
     size = min(ctx_len, 128)  # the length of a chat: long windows among short chats would be mostly padding
     starts = range(0, len(tokens) - size - 1, size)
-    return [Encoded(tokens[s : s + size], tokens[s + 1 : s + size + 1]) for s in starts]
+    return [Encoded(tokens[s : s + size], tokens[s + 1 : s + size + 1], replay=True) for s in starts]
 
 
 def quiz(examiner: Examiner, chats: Sequence[Chat], config: OmniSFTConfig) -> dict[str, float]:

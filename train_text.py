@@ -22,7 +22,7 @@ from omni.data.manifest import hash_files
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import PackedText, TextBatch, learn_tokenizer, read_text, split_text, tokenize
 from omni.evaluate.thinker import TextLikelihood
-from omni.losses import next_token_loss_sum
+from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
@@ -37,6 +37,7 @@ class TextData:
     test: str | None = None  # for `omni eval`; by default the validation text
     val_split: float = 0.05
     vocab_size: int = 1024  # of the tokenizer; fewer on a small corpus
+    separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,14 @@ class TextConfig(StageConfig):
     data: TextData
     model: ThinkerConfig
     train: PhaseConfig
+    answer_weight: float = 0.0  # of the assistant's tokens alone, beside the loss of all tokens; for text with chats
 
 
 def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
-    """Next-token cross-entropy, summed."""
-    states = thinker(thinker.embed(batch.tokens_BT)).final_BTD
-    return {"tokens": next_token_loss_sum(thinker, states, batch.labels_BT)}
+    """Next-token cross-entropy of all tokens and of the assistant's, summed."""
+    states_BTD = thinker(thinker.embed(batch.tokens_BT), mask=batch.mask()).final_BTD
+    nats_BT = next_token_losses(thinker, states_BTD, batch.labels_BT)
+    return {"tokens": nats_BT.sum(), "answers": nats_BT[batch.answers_BT].sum()}
 
 
 def build(config: TextConfig, precision: Precision) -> Run:
@@ -66,7 +69,12 @@ def build(config: TextConfig, precision: Precision) -> Run:
 
     def train() -> Stage:
         packed = [
-            PackedText(tokenize(part, tokenizer, config.save_dir / "cache"), model_config.ctx_len)
+            PackedText(
+                tokenize(part, tokenizer, config.save_dir / "cache"),
+                model_config.ctx_len,
+                tokenizer,
+                config.data.separate_documents,
+            )
             for part in (train_text, val_text)
         ]
 
@@ -77,7 +85,8 @@ def build(config: TextConfig, precision: Precision) -> Run:
             return likelihood.figures()
 
         stream = BatchStream(packed[0], config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
-        return Stage([thinker], stream, loss, evaluate, config.train, {"tokens": 1.0}, unit="tokens")
+        weights = {"tokens": 1.0, "answers": config.answer_weight}
+        return Stage([thinker], stream, loss, evaluate, config.train, weights, unit="tokens")
 
     return Run(
         kind="thinker",

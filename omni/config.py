@@ -52,6 +52,8 @@ class PhaseConfig:
     max_steps: int
     batch_size: int
     lr: float
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, adamw for all else
+    muon_lr: float = 0.005
     gradient_accumulation_steps: int = 1
     warmup_steps: int = 50
     min_lr_ratio: float = 0.1
@@ -67,8 +69,9 @@ class PhaseConfig:
         for key in ("max_steps", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 yield Problem(key, str(getattr(self, key)), "at least 1")
-        if self.lr <= 0:
-            yield Problem("lr", str(self.lr), "a positive learning rate")
+        for key in ("lr", "muon_lr"):
+            if getattr(self, key) <= 0:
+                yield Problem(key, str(getattr(self, key)), "a positive learning rate")
         if not 0 <= self.min_lr_ratio <= 1:
             yield Problem("min_lr_ratio", str(self.min_lr_ratio), "a share from 0 to 1")
         for key in ("warmup_steps", "patience", "weight_decay", "min_delta"):

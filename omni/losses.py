@@ -19,6 +19,12 @@ def next_token_loss_sum(thinker: Thinker, final_BTD: torch.Tensor, labels_BT: to
     return F.cross_entropy(logits.float(), labels_BT[wanted], reduction="sum")
 
 
+def next_token_losses(thinker: Thinker, final_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy [B, T] at every position, for text in which every position has a label."""
+    logits = thinker.logits(final_BTD.flatten(0, 1)).float()
+    return F.cross_entropy(logits, labels_BT.flatten(), reduction="none").view_as(labels_BT)
+
+
 def contrastive_loss_sum(
     image_BE: torch.Tensor, text_NE: torch.Tensor, scale: torch.Tensor, same_BN: torch.Tensor
 ) -> torch.Tensor:

@@ -108,6 +108,15 @@ def plain_text(text: str) -> str:
     return text.replace("<|", "< |")
 
 
+def turn_text(text: str) -> str:
+    """What a turn of a chat says, as it stands behind the mark of its speaker: plain text with a space in front.
+
+    With the space a word is the same token at the beginning as anywhere else. Without it an answer such as "ben" is
+    another token than the " ben" it is to be copied from, and a small Thinker did not learn to look names up at all.
+    """
+    return plain_text(text if text.startswith((" ", "\n")) else f" {text}")
+
+
 class Characters:
     """The 98 CTC symbols: blank, printable ASCII 32-126, ``<UNK>`` and pad."""
 

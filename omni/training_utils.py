@@ -27,7 +27,7 @@ from torch import nn
 from omni import checkpoint
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, differences, read_command_line, to_dict
 from omni.console import log, user_errors
-from omni.optim import build_optimizer, lr_ratio, trainable_parameters
+from omni.optim import Optimizers, build_optimizer, lr_ratio, trainable_parameters
 from omni.runtime import (
     Precision,
     isolated_randomness,
@@ -271,6 +271,11 @@ class Loop:
             self.optimizer, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
         )
         if self._training is not None:
+            if isinstance(self.optimizer, Optimizers) != ("parts" in self._training["optimizer"]):
+                raise UserError(
+                    f"{name}.optimizer: found {stage.config.optimizer}, but {self.save_dir} was trained with the other "
+                    "one; give that, or use --fresh to start over"
+                )
             self.optimizer.load_state_dict(self._training["optimizer"])
             self.scaler.load_state_dict(self._training["scaler"])
             stage.stream.load_state_dict(self._training["stream"])

@@ -30,7 +30,7 @@ def test_labels_are_the_assistants_tokens_and_its_end(tokenizer):
     encoded = encoder(tokenizer).example(messages)
     assert len(encoded.tokens) == len(encoded.labels)
     learned = [label for label in encoded.labels if label != IGNORE]
-    assert learned == [*tokenizer.encode("two."), tokenizer.end_id, *tokenizer.encode("no"), tokenizer.end_id]
+    assert learned == [*tokenizer.encode(" two."), tokenizer.end_id, *tokenizer.encode(" no"), tokenizer.end_id]
     # a label is the token that follows
     for position, label in enumerate(encoded.labels[:-1]):
         if label != IGNORE:
@@ -39,7 +39,7 @@ def test_labels_are_the_assistants_tokens_and_its_end(tokenizer):
 
 def test_the_template_is_that_of_stage_a(tokenizer):
     encoded = encoder(tokenizer).prompt(chat(("user", "how many?")))
-    assert tokenizer.decode(encoded.tokens) == "<|user|>how many?<|end|><|assistant|>"
+    assert tokenizer.decode(encoded.tokens) == "<|user|> how many?<|end|><|assistant|>"
 
 
 def test_media_take_their_positions_in_order(tokenizer):
@@ -126,7 +126,7 @@ def test_padding_is_no_label_and_features_keep_their_order():
         Encoded([5], [6], images=["y"], audios=["z"], audio_positions=[2]),
     ]
     batch = collate_chats(chats, lambda p: torch.full((4, 2), float(ord(p))), lambda p: torch.ones(5, 3), pad_id=0)
-    assert batch.counts == {"answers": 4, "tokens": 4}
+    assert batch.counts == {"answers": 4, "replay": 0, "tokens": 4}
     assert batch.tokens_BT.shape[1] % 16 == 0 and (batch.labels_BT[1, 1:] == IGNORE).all()
     assert batch.patches_NPD[:, 0, 0].tolist() == [ord("x"), ord("y")]
     left = collate_chats(chats, lambda p: torch.ones(4, 2), lambda p: torch.ones(5, 3), pad_id=0, left=True)

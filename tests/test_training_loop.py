@@ -31,7 +31,8 @@ from tests.toy import Data, Toy, ToyConfig, build, error_sum
 
 CONFIG: dict[str, Any] = {
     "name": "toy",
-    "first": {"max_steps": 12, "batch_size": 4, "lr": 0.05, "warmup_steps": 2, "gradient_accumulation_steps": 2},
+    "first": {"max_steps": 12, "batch_size": 4, "lr": 0.05, "warmup_steps": 2, "gradient_accumulation_steps": 2,
+              "optimizer": "muon"},
     "second": {"max_steps": 6, "batch_size": 4, "lr": 0.05, "warmup_steps": 2},
     "run": {"val_freq": 5, "checkpoint_freq": 4, "print_freq": 1, "tensorboard": False, "use_amp": False,
             "num_threads": 1},
@@ -95,7 +96,7 @@ def test_two_phases_train_and_leave_everything(whole: Path) -> None:
 def test_the_second_phase_trains_its_part_alone(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "run", "--keep_last", "9")
     after_first, at_end = weights(tmp_path / "run", "toy_step_12.pt"), weights(tmp_path / "run")
-    assert torch.equal(after_first["inner.0.weight"], at_end["inner.0.weight"])
+    assert torch.equal(after_first["layers.0.weight"], at_end["layers.0.weight"])
     assert not torch.equal(after_first["outer.weight"], at_end["outer.weight"])
 
 
@@ -184,6 +185,21 @@ def test_another_model_or_data_is_refused(
     expected = "model.width: 8 -> 9" if words[0] == "--width" else 'lineage.data: "a" -> "b"'
     assert expected in said and "--fresh" in said
     assert before == {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
+
+
+def test_another_optimizer_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(config, tmp_path / "run", "--first.max_steps", "4", "--second.max_steps", "2") == 0
+    for path in (tmp_path / "run").glob("toy_step_6.pt"):
+        path.unlink()
+    (tmp_path / "run" / "toy.pt").unlink()
+    assert train(config, tmp_path / "run", "--second.optimizer", "muon") == 0  # nothing of phase two suits Muon
+    other = tmp_path / "other"
+    assert train(config, other, "--first.max_steps", "8", "--second.max_steps", "2") == 0
+    for path in other.glob("toy*.pt"):
+        if path.name != "toy_step_4.pt":
+            path.unlink()
+    assert train(config, other, "--first.optimizer", "adamw") == 1
+    assert "first.optimizer: found adamw" in capsys.readouterr().err
 
 
 def test_fresh_sets_the_earlier_run_aside(whole: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:

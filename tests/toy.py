@@ -66,11 +66,11 @@ class Toy(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(dropout))
         self.outer = nn.Linear(width, 1)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.outer(self.inner(x_BTD)).squeeze(-1)
+        return self.outer(self.layers(x_BTD)).squeeze(-1)
 
 
 def error_sum(model: Toy, batch: Points) -> torch.Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omni.data.lexicon import PICTURE_QUESTIONS, REQUESTS
 from omni.data.questions import CLOSED, IN_CONTEXT, Balance, Question, picture_questions, word_question, written_scene
 from omni.data.recordings import Recorder, Recording
-from omni.data.stories import TELLING, Turns, story_chat, talk, units
+from omni.data.stories import TELLING, Turns, several_questions, story_chat, talk, units
 from omni.data.world import Caption, Scene, World, normalize
 
 Line = dict[str, Any]
@@ -69,6 +70,7 @@ class Chats:
     texts: set[str] = field(default_factory=set)  # the questions of this split, normalized
     spoken: list[tuple[Question, Recording]] = field(default_factory=list)
     picture_recordings: list[Recording] = field(default_factory=list)
+    scenes: dict[str, list[Question]] = field(default_factory=dict)  # more to ask about a written scene
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.world.seed}/chats/{self.split}")
@@ -112,15 +114,31 @@ class Chats:
         while True:
             context, asked = written_scene(self.world, self.rng, self.split)
             if options := asked.get(kind.removeprefix("scene_")):
-                question = self.rng.choice(options)
-                return Question(kind, question.text, question.answer, context, held_out="scene")
+                self.scenes[context] = [_in_words(each, context) for each in several_questions(self.rng, asked, 8)]
+                return _in_words(self.rng.choice(options), context)
 
     def text_qa(self, count: int) -> None:
-        """Ask in writing."""
+        """Ask in writing: once a chat in a test, several times in training."""
         balance, self.texts = Balance(), set()
         for kind in deal(self.rng, WRITTEN_KINDS, count):
             question = self.draw(balance, kind, spoken=False)
-            self.add("text_qa", question.template, question.held_out, [(question.full_text, question.answer)])
+            asked = [question] if self.split != "train" else self._and_more(balance, question)
+            turns = [(asked[0].full_text, asked[0].answer)]
+            for before, after in itertools.pairwise(asked):
+                new = after.full_text if after.context != before.context else after.text
+                turns.append((new, after.answer))
+            template = [each.template for each in asked] if len(asked) > 1 else question.template
+            self.add("text_qa", template, question.held_out, turns)
+
+    def _and_more(self, balance: Balance, question: Question) -> list[Question]:
+        """Return a question and some that may follow it: about the same scene, or others of its kind."""
+        if question.context in self.scenes:
+            asked = [question]
+            for other in self.scenes[question.context]:
+                if other.text != question.text and len(asked) < 5 and balance.admits(other):
+                    asked.append(balance.pick(self.rng, [other]))
+            return asked
+        return [question, *(self.draw(balance, question.template, spoken=False) for _ in range(2))]
 
     def speech_qa(self, count: int) -> None:
         """Ask by voice; the recording is the whole turn."""
@@ -188,13 +206,13 @@ class Chats:
             self.add("caption", "caption", "scene", [(said, picture.caption.text)])
 
     def image_chats(self, pictures: Sequence[Picture]) -> None:
-        """Ask four questions of different templates about each picture: dense questions teach more than pictures."""
+        """Ask several questions about each picture: dense questions teach more than pictures."""
         balance = Balance()
         for picture in pictures:
             asked = picture_questions(self.world, self.rng, picture.scene)
             order = sorted(asked, key=lambda name: -(self.rng.random() ** (1 / PICTURE_WEIGHTS.get(name, 1.0))))
             order.sort(key=lambda name: not any(balance.admits(option) for option in asked[name]))
-            chosen = [balance.pick(self.rng, asked[name]) for name in order[:4]]
+            chosen = [balance.pick(self.rng, asked[name]) for name in order[:6]]
             self.rng.shuffle(chosen)
             turns: list[tuple[Any, str]] = [(question.text, question.answer) for question in chosen]
             turns[0] = ([image(picture), {"type": "text", "text": chosen[0].text}], chosen[0].answer)
@@ -216,10 +234,11 @@ class Chats:
 
         for picture, question in self._one_question_each(pictures, count, False, sayable):
             own = known.setdefault(question.text, [])
-            if not own or (len(self.picture_recordings) < distinct and len(own) < 3):
-                own.append(self.recorder.record(f"{self.split}_picture", question.text, next(self.voices)))
-                self.picture_recordings.append(own[-1])
-            recording = self.rng.choice(own)
+            recording = self.rng.choice(own) if own else None
+            if recording is None or (len(self.picture_recordings) < distinct and len(own) < 3):
+                recording = self.recorder.record(f"{self.split}_picture", question.text, next(self.voices))
+                own.append(recording)
+                self.picture_recordings.append(recording)
             said = [image(picture), audio(recording)]
             turn = said, question.answer
             self.add("image_speech_qa", question.template, "scene", [turn], transcript=recording.text)
@@ -262,6 +281,11 @@ class Chats:
             if options:
                 break
         return options
+
+
+def _in_words(question: Question, context: str) -> Question:
+    """Turn a question about a picture into one about a written scene."""
+    return replace(question, template=f"scene_{question.template}", context=context)
 
 
 def unit(text: str) -> str:

@@ -1,6 +1,6 @@
 """Chats for stage E: messages with text, pictures and recordings, as tokens with placeholders and labels.
 
-The template is the one stage A's text uses: ``<|user|>question<|end|><|assistant|>answer<|end|>``. A picture or a
+The template is the one stage A's text uses: ``<|user|> question<|end|><|assistant|> answer<|end|>``. A picture or a
 recording stands in it as as many ``<|image|>`` or ``<|audio|>`` tokens as its projector makes positions; the model puts
 the projected features there. Labels are the assistant's tokens, its end-of-turn token included, and nothing else.
 """
@@ -18,7 +18,7 @@ import torch
 from omni.config import UserError
 from omni.data.manifest import Row, raise_problems, read_jsonl
 from omni.data.stream import Batch, pad_to
-from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, plain_text
+from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, turn_text
 
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 _MEDIA = {"image": IMAGE, "audio": AUDIO}
@@ -144,6 +144,7 @@ class Encoded:
     images: list[str] = field(default_factory=list)
     audios: list[str] = field(default_factory=list)
     audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
+    replay: bool = False  # a window of plain text, in which every token is a label
 
 
 class ChatEncoder:
@@ -194,7 +195,7 @@ class ChatEncoder:
             _append(encoded, [special[_ROLES[message.role]]], False)
             for part in message.parts:
                 if part.kind == "text":
-                    _append(encoded, self.tokenizer.encode(plain_text(part.value)), learned)
+                    _append(encoded, self.tokenizer.encode(turn_text(part.value)), learned)
                     continue
                 wanted = self.image_positions if part.kind == "image" else self.audio_positions(part.value)
                 size = wanted if part.kind == "image" else min(wanted, audio_left)
@@ -222,6 +223,7 @@ class ChatBatch(Batch):
     Attributes:
         tokens_BT: tokens; placeholders where media stand.
         labels_BT: the next token where the assistant speaks, IGNORE elsewhere.
+        replay_B: True for windows of plain text.
         valid_BT: False at padding.
         patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
         states_NTD: audio encoder states of all recordings, padded with zeros.
@@ -230,6 +232,7 @@ class ChatBatch(Batch):
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
+    replay_B: torch.Tensor
     valid_BT: torch.Tensor
     patches_NPD: torch.Tensor
     states_NTD: torch.Tensor
@@ -266,11 +269,18 @@ def collate_chats(
     )
     for row, item in enumerate(audios):
         states[row, : len(item)] = item
-    counts = {"answers": int((labels != IGNORE).sum()), "tokens": int(valid.sum())}
+    replay = torch.tensor([chat.replay for chat in chats])
+    num_labels_B = (labels != IGNORE).sum(1)
+    counts = {
+        "answers": int(num_labels_B[~replay].sum()),
+        "replay": int(num_labels_B[replay].sum()),
+        "tokens": int(valid.sum()),
+    }
     return ChatBatch(
         counts,
         tokens,
         labels,
+        replay,
         valid,
         torch.stack(images) if images else torch.zeros(0, 0, 0),
         states,

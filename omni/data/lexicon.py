@@ -242,6 +242,7 @@ STORY_QUESTIONS = {
     "race": (("who won the race?", "the {animal}"), ("who was slow?", "the {pet}")),
     "letter": (("who wrote the letter?", "{a}"), ("what color is the {o}?", "{c}")),
 }
+ECHOES = ("repeat after me: {words}.", "please say: {words}.", "say this again: {words}.")
 STORY_REQUESTS = (
     "tell me a story about {subject}.",
     "can you tell me a story about {subject}?",

@@ -77,7 +77,7 @@ class Balance:
 
     def admits(self, option: Question) -> bool:
         """Say whether an answer is not yet ahead of the template's rarest one; always true of open answers."""
-        possible = ANSWERS.get(option.template)
+        possible = ANSWERS.get(option.template.removeprefix("scene_"))
         counts = self.counts.get(option.template, Counter())
         return possible is None or counts[option.answer] <= min(counts[answer] for answer in possible) + 3
 
@@ -219,36 +219,41 @@ def arithmetic_statement(world: World, rng: random.Random, question_kind: str, s
     return rng.choice(STATEMENTS[question_kind]).format(a=a, b=b, y=question.answer)
 
 
-def person_question(world: World, rng: random.Random, kind: str, spoken: bool = False) -> Question:
-    """Ask who has what, of people met only in this very question; the spoken form takes less than five seconds."""
+def person_questions(world: World, rng: random.Random, kind: str, spoken: bool = False) -> list[Question]:
+    """Ask of each of two or three people who has what; they are met only in this very context.
+
+    The spoken form takes less than five seconds.
+    """
     number = 2 if spoken else rng.choice((2, 2, 3))
     people, objects = rng.sample(world.names, number), rng.sample(OBJECTS, number)
     colours = rng.sample(COLOURS, number)
-    i = rng.randrange(number)
     if spoken and kind == "person_color":
         wording = rng.choice(SPOKEN_COLOURS)
         clauses = [
             fix_articles(wording.format(a=a, o=o, c=c)) for a, o, c in zip(people, objects, colours, strict=True)
         ]
-        sentence = f"the {objects[i]} is {colours[i]}."
     else:
         plain = spoken and kind == "who_has"
-        things = [with_article(o if plain else f"{c} {o}") for o, c in zip(objects, colours, strict=True)]
+        owned = [with_article(o if plain else f"{c} {o}") for o, c in zip(objects, colours, strict=True)]
         verbs = OWNING[:1] if spoken else OWNING
-        clauses = [rng.choice(verbs).format(a=a, thing=thing) for a, thing in zip(people, things, strict=True)]
-        sentence = (
-            f"the {objects[i]} is {colours[i]}." if kind == "person_color" else f"{people[i]} has the {objects[i]}."
-        )
-        if kind == "person_object":
-            sentence = f"{people[i]} has {things[i]}."
-    answer = {
-        "person_color": colours[i],
-        "person_object": with_article(f"{colours[i]} {objects[i]}"),
-        "who_has": people[i],
-    }
-    wordings = PERSON_QUESTIONS[kind]
-    text = rng.choice(wordings[:2] if spoken else wordings).format(a=people[i], object=objects[i])
-    return Question(kind, text, answer[kind], " ".join(clauses), sentence)
+        clauses = [rng.choice(verbs).format(a=a, thing=thing) for a, thing in zip(people, owned, strict=True)]
+    wordings = PERSON_QUESTIONS[kind][: 2 if spoken else None]
+    found = []
+    for person, owned_object, colour in zip(people, objects, colours, strict=True):
+        thing = with_article(f"{colour} {owned_object}")
+        answer, sentence = {
+            "person_color": (colour, f"the {owned_object} is {colour}."),
+            "person_object": (thing, f"{person} has {thing}."),
+            "who_has": (person, f"{person} has the {owned_object}."),
+        }[kind]
+        text = rng.choice(wordings).format(a=person, object=owned_object)
+        found.append(Question(kind, text, answer, " ".join(clauses), sentence))
+    return found
+
+
+def person_question(world: World, rng: random.Random, kind: str, spoken: bool = False) -> Question:
+    """Ask about one person."""
+    return rng.choice(person_questions(world, rng, kind, spoken))
 
 
 def written_scene(world: World, rng: random.Random, split: str) -> tuple[str, dict[str, list[Question]]]:

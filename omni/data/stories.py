@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from omni.data.lexicon import (
     COLOURS,
     DAYS,
+    ECHOES,
     FACT_QUESTIONS,
     FACTS,
     FOODS,
@@ -36,8 +37,10 @@ from omni.data.questions import (
     ARITHMETIC,
     CLOSED,
     IN_CONTEXT,
+    Question,
     arithmetic_statement,
     closed_facts,
+    person_questions,
     word_question,
     written_scene,
 )
@@ -100,12 +103,22 @@ def talk(world: World, rng: random.Random, kind: str) -> Turns:
     return [(rng.choice(said).format(**words), fix_articles(rng.choice(answers).format(**words)))]
 
 
+def echo(world: World, rng: random.Random) -> Turns:
+    """Ask for some words again, in any order of theirs: only who looks them up can say them.
+
+    In all other text most of the next word is grammar, and looking up pays late. Here nothing else pays.
+    """
+    words = rng.sample((*world.words, *world.names, *OBJECTS, *COLOURS, *NUMBERS), rng.randint(4, 12))
+    said = " ".join(words)
+    return [(rng.choice(ECHOES).format(words=said), said)]
+
+
 # ---------------------------------------------------------------------------------------------------- stage A documents
 
 
 def chat_document(turns: Turns) -> str:
-    """Write a chat in the template of the Thinker."""
-    return "".join(f"<|user|>{said}<|end|><|assistant|>{answer}<|end|>" for said, answer in turns)
+    """Write a chat in the template of the Thinker, with a space before what is said (`tokenizer.turn_text`)."""
+    return "".join(f"<|user|> {said}<|end|><|assistant|> {answer}<|end|>" for said, answer in turns)
 
 
 def fact_words(world: World, rng: random.Random) -> dict[str, str]:
@@ -144,8 +157,8 @@ def _digits(world: World, rng: random.Random) -> tuple[str, str]:
 def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
     kind = rng.choices(
-        ("scene", "captions", "story", "story_qa", "people", "numbers", "facts", "closed", "talk"),
-        (34, 5, 14, 6, 15, 9, 4, 6, 7),
+        ("scene", "captions", "story", "story_qa", "people", "numbers", "facts", "closed", "talk", "echo"),
+        (30, 4, 10, 5, 20, 9, 3, 7, 5, 16),
     )[0]
     if kind == "scene":
         return _scene_document(world, rng, split)
@@ -160,9 +173,11 @@ def document(world: World, rng: random.Random, split: str) -> str:
         asked = [(q.format(**words), fix_articles(a.format(**words))) for q, a in STORY_QUESTIONS[plot]]
         rng.shuffle(asked)
         return chat_document([(f"{told} {asked[0][0]}", asked[0][1]), *asked[1:2]])
+    if kind == "echo":
+        return chat_document(echo(world, rng))
     if kind == "people":
-        questions = [word_question(world, rng, rng.choice(IN_CONTEXT), "train", rng.random() < 0.5) for _ in range(2)]
-        return chat_document([(question.full_text, question.answer) for question in questions])
+        asked_of = (person_questions(world, rng, rng.choice(IN_CONTEXT), rng.random() < 0.5) for _ in range(2))
+        return chat_document([turn for questions in asked_of for turn in turns_about(rng, questions)])
     if kind == "talk":
         return chat_document(talk(world, rng, "greeting") + talk(world, rng, "small_talk"))
     if kind == "facts":
@@ -177,15 +192,30 @@ def _scene_document(world: World, rng: random.Random, split: str) -> str:
         question = word_question(world, rng, rng.choice(kinds), split)
         return chat_document([(question.full_text, question.answer)])
     context, asked = written_scene(world, rng, split)
-    templates = rng.sample(sorted(asked), min(len(asked), rng.randint(3, 6)))
-    chosen = [rng.choice(asked[template]) for template in templates]
+    return chat_document(turns_about(rng, several_questions(rng, asked, rng.randint(6, 9)), context))
+
+
+def several_questions(rng: random.Random, asked: dict[str, list[Question]], count: int) -> list[Question]:
+    """Choose among the questions about a scene: one of every template, then any others.
+
+    Many questions about one scene teach to look things up sooner than few about many: the scene is read once.
+    """
+    first = [rng.choice(questions) for _, questions in sorted(asked.items())]
+    rest = [question for _, questions in sorted(asked.items()) for question in questions if question not in first]
+    rng.shuffle(first)
+    return (first + rng.sample(rest, len(rest)))[:count]
+
+
+def turns_about(rng: random.Random, questions: list[Question], context: str = "") -> Turns:
+    """Ask several questions about what is said once, before the first of them."""
+    chosen = rng.sample(questions, len(questions))
     turns = [(question.text, question.answer) for question in chosen]
-    return chat_document([(f"{context} {turns[0][0]}", turns[0][1]), *turns[1:]])
+    return [(f"{context or chosen[0].context} {turns[0][0]}".strip(), turns[0][1]), *turns[1:]]
 
 
 def _short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tuple[str, str]]:
     """Yield turns about numbers or closed facts."""
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(5, 8)):
         if kind == "numbers":
             if rng.random() < 0.25:
                 yield _digits(world, rng)

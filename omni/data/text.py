@@ -13,15 +13,32 @@ import torch
 from omni.config import UserError
 from omni.data.manifest import read_text_file
 from omni.data.stream import Batch
-from omni.tokenizer import Tokenizer
+from omni.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
 
 
 @dataclass
 class TextBatch(Batch):
-    """Windows of packed text: ``labels_BT[b, t]`` is the token that follows ``tokens_BT[b, t]``."""
+    """Windows of packed text.
+
+    Attributes:
+        tokens_BT: tokens.
+        labels_BT: the token that follows each of them.
+        answers_BT: True where that token is the assistant's, by the markup of chats.
+        documents_BT: number of the document that each token belongs to, counted in its window; all 0 when documents
+            are not to be kept apart.
+    """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
+    answers_BT: torch.Tensor
+    documents_BT: torch.Tensor
+
+    def mask(self) -> torch.Tensor | None:
+        """Positive attention mask [B, 1, T, T] that keeps documents apart, or None where each window is one."""
+        if not bool(self.documents_BT.any()):
+            return None
+        same = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
+        return same.tril()[:, None]
 
 
 def read_text(path: str | Path) -> str:
@@ -74,12 +91,22 @@ def tokenize(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
 
 
 class PackedText:
-    """Windows of ``ctx_len`` tokens; in training each epoch cuts them at another offset."""
+    """Windows of ``ctx_len`` tokens; in training each epoch cuts them at another offset.
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int) -> None:
+    Args:
+        tokens: all of the text.
+        ctx_len: tokens a window.
+        tokenizer: the one they were made with; it knows the markup of chats.
+        separate_documents: blank lines separate documents, which shall not see each other.
+    """
+
+    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, separate_documents: bool) -> None:
         if len(tokens) < ctx_len + 2:
             raise UserError(f"the text has {len(tokens)} tokens, expected at least ctx_len + 2 = {ctx_len + 2}")
-        self.tokens, self.ctx_len = tokens, ctx_len
+        self.tokens, self.ctx_len, self.separate_documents = tokens, ctx_len, separate_documents
+        self._line_end = tokenizer.encode("\n")[-1]
+        self._assistant = tokenizer.special[ASSISTANT]
+        self._turns = [tokenizer.special[token] for token in (USER, ASSISTANT, SYSTEM, END)]
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.ctx_len
@@ -92,5 +119,24 @@ class PackedText:
 
     def collate(self, samples: list[Any]) -> TextBatch:
         """Stack windows."""
-        windows = torch.from_numpy(np.stack(samples))
-        return TextBatch({"tokens": windows[:, 1:].numel()}, windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        windows = np.stack(samples)
+        tokens_BT, labels_BT = windows[:, :-1], windows[:, 1:]
+        answers_BT = self._answers(tokens_BT)
+        counts = {"tokens": labels_BT.size, "answers": int(answers_BT.sum())}
+        parts = tokens_BT, labels_BT, answers_BT, self._documents(tokens_BT)
+        return TextBatch(counts, *(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
+
+    def _answers(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """True where the last mark of a turn so far is the assistant's."""
+        places_BT = np.where(np.isin(tokens_BT, self._turns), np.arange(tokens_BT.shape[1]), -1)
+        last_BT = np.maximum.accumulate(places_BT, axis=1)
+        mark_BT = np.take_along_axis(tokens_BT, np.maximum(last_BT, 0), axis=1)
+        return (last_BT >= 0) & (mark_BT == self._assistant)
+
+    def _documents(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """How many blank lines ended before each token."""
+        documents_BT = np.zeros_like(tokens_BT)
+        if self.separate_documents:
+            ends_BT = tokens_BT == self._line_end
+            documents_BT[:, 2:] = np.cumsum(ends_BT[:, :-2] & ends_BT[:, 1:-1], axis=1)
+        return documents_BT

@@ -141,7 +141,8 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
     text = read_text(case.test_set("thinker", case.own.text, "--text"))
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
     likelihood = TextLikelihood(thinker, tokenizer)
-    for batch in ordered_batches(PackedText(tokens, thinker.config.ctx_len), 16):
+    separate = case.data("thinker")["separate_documents"]
+    for batch in ordered_batches(PackedText(tokens, thinker.config.ctx_len, tokenizer, separate), 16):
         likelihood.add(batch)
     first = tokenizer.num_bytes(int(tokens[0]))  # is context and not predicted, as are the tokens of no whole window
     predicted = text.encode()[first : first + int(sum(likelihood.bytes))]

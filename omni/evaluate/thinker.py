@@ -27,21 +27,29 @@ class TextLikelihood:
         self.nats: list[float] = []
         self.bytes: list[float] = []
         self.tokens: list[float] = []
+        self.right_answers: list[float] = []  # tokens of the assistant that were the most likely ones
+        self.answers: list[float] = []
 
     @torch.no_grad()
     def add(self, batch: TextBatch) -> None:
         """Predict one batch of windows."""
-        states = self.thinker(self.thinker.embed(batch.tokens_BT)).final_BTD
+        states = self.thinker(self.thinker.embed(batch.tokens_BT), mask=batch.mask()).final_BTD
         logits = self.thinker.logits(states).float()
         nats_BT = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none")
         self.nats += nats_BT.sum(1).tolist()
         self.bytes += [float(self.bytes_per_token[row].sum()) for row in batch.labels_BT.cpu().numpy()]
         self.tokens += [batch.labels_BT.shape[1]] * len(batch.labels_BT)
+        right_BT = (logits.argmax(-1) == batch.labels_BT) & batch.answers_BT
+        self.right_answers += right_BT.sum(1).tolist()
+        self.answers += batch.answers_BT.sum(1).tolist()
 
     def figures(self) -> dict[str, float]:
-        """Validation figures: loss in nats a token, perplexity, bits per byte."""
+        """Validation figures: loss in nats a token, perplexity, bits per byte; of chats the share of right tokens."""
         loss = sum(self.nats) / sum(self.tokens)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 50)), "bits_per_byte": self.bits_per_byte().value}
+        figures = {"loss": loss, "perplexity": math.exp(min(loss, 50)), "bits_per_byte": self.bits_per_byte().value}
+        if sum(self.answers):
+            figures["answer_accuracy"] = sum(self.right_answers) / sum(self.answers)
+        return figures
 
     def bits_per_byte(self) -> Figure:
         """With a bootstrap interval over windows."""

@@ -15,13 +15,15 @@ from torch import nn
 
 from omni.config import Problem
 from omni.models.layers import (
+    Attention,
     Block,
     KVCache,
     RMSNorm,
     RotaryPositions,
     check_finite,
     init_weights,
-    scale_residual_outputs,
+    quiet_residual_outputs,
+    start_by_copying,
 )
 
 
@@ -83,7 +85,15 @@ class Thinker(nn.Module):
         self.norm = RMSNorm(config.dim)
         self.rotary = RotaryPositions(config.dim // config.num_heads, config.rope_theta)
         init_weights(self)
-        scale_residual_outputs(self.layers)
+        # rows of length 1, and layers that say nothing at first: a token's identity stands alone in the residual
+        # stream, where circuits that copy and look up find it. A last norm below 1 keeps the tied logits from
+        # betting too high on repetition; the smaller it is, the later those circuits form (docs/log.md)
+        nn.init.normal_(self.embed_tokens.weight, std=config.dim**-0.5)
+        nn.init.constant_(self.norm.weight, 0.7)
+        quiet_residual_outputs(self.layers)
+        for part in self.layers.modules():
+            if isinstance(part, Attention):
+                start_by_copying(part)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Token embeddings [B, T, D]."""

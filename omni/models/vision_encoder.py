@@ -25,6 +25,7 @@ from omni.models.layers import (
     attend,
     check_finite,
     init_weights,
+    quiet_residual_outputs,
     scale_residual_outputs,
 )
 
@@ -147,6 +148,20 @@ class ResidualConv(nn.Module):
         return x_BCHW + self.convolution(F.gelu(normed))
 
 
+def grid_positions(side: int, dim: int) -> torch.Tensor:
+    """Sines and cosines of row and column, [side * side, dim], to begin with (as in MAE, He et al., 2022).
+
+    From random ones "the upper half" would have to be learned patch by patch; here it is a slope. Wavelengths run from
+    two pictures to two patches.
+    """
+    waves = (dim + 3) // 4
+    frequencies_W = math.pi * torch.logspace(0, math.log2(side), waves, base=2) / side
+    angles_SW = (torch.arange(side) + 0.5)[:, None] * frequencies_W
+    line_SJ = torch.cat([angles_SW.sin(), angles_SW.cos()], dim=1)
+    grid = torch.cat([line_SJ[:, None].expand(-1, side, -1), line_SJ[None].expand(side, -1, -1)], dim=2)
+    return grid.flatten(0, 1)[:, :dim].clone()
+
+
 class ImageTower(nn.Module):
     """ViT (Dosovitskiy et al., 2021) with a convolutional stem instead of one linear patch embedding.
 
@@ -165,7 +180,7 @@ class ImageTower(nn.Module):
             for before, after in itertools.pairwise(widths)
         ]
         self.stem = nn.Sequential(*itertools.chain.from_iterable(stages))
-        self.positions_PD = nn.Parameter(torch.randn(config.num_patches, config.dim) * _SPREAD)
+        self.positions_PD = nn.Parameter(grid_positions(config.image_size // config.patch_size, config.dim))
         self.blocks = nn.ModuleList(
             Block(config.dim, config.num_heads, config.hidden_dim, layer, causal=False, dropout=config.dropout)
             for layer in range(config.num_layers)
@@ -267,8 +282,12 @@ class VisionEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         init_weights(self)
         nn.init.normal_(self.text.embed_tokens.weight, std=_SPREAD)
-        for blocks in (self.image.blocks, self.text.blocks, self.captioner.layers):
+        for blocks in (self.image.blocks, self.text.blocks):
             scale_residual_outputs(blocks)
+        # as in the Thinker: at first nothing covers the words so far, by which the decoder finds its place
+        for parameter in (self.captioner.embed_tokens.weight, self.captioner.positions_TD, self.captioner.start_D):
+            nn.init.normal_(parameter, std=config.text_dim**-0.5)
+        quiet_residual_outputs(self.captioner.layers)
 
     @property
     def scale(self) -> torch.Tensor:
