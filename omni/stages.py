@@ -47,8 +47,11 @@ class StageInfo:
         """Its final checkpoint, where its configuration puts it.
 
         Raises:
-            UserError: when there is no such configuration here.
+            UserError: when there is neither such a configuration nor such a checkpoint here.
         """
+        usual = Path(f"checkpoints/{self.prefix}_{size}") / f"{self.kind}.pt"
+        if usual.exists() and not self.config_path(size).exists():
+            return usual  # of a shipped configuration that was changed on the command line, `save_dir` included
         values = read_raw_config(self.config_path(size))
         save_dir = values["run"]["save_dir"] if values.get("run", {}).get("save_dir") else ""
         return Path(save_dir or f"checkpoints/{values['name']}") / f"{self.kind}.pt"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from omni.cli import main
+from omni.config import UserError
 from omni.exchange import Exchange
 from omni.report import results_table, write_report
 from omni.run import run_process, stage_is_complete
@@ -273,3 +274,17 @@ def test_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_checkpoint_without_a_configuration_of_its_own_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--save_dir checkpoints/audio_enc_digits` on the command line, then `omni eval --size digits`."""
+    monkeypatch.chdir(tmp_path)
+    stage = next(stage for stage in STAGES if stage.kind == "audio_enc")
+    with pytest.raises(UserError, match="no such configuration"):
+        stage.checkpoint("digits")
+    path = tmp_path / "checkpoints" / "audio_enc_digits" / "audio_enc.pt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert stage.checkpoint("digits") == path.relative_to(tmp_path)

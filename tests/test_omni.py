@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sft_omni
 from omni.data.dialogue import Encoded, collate_chats
 from omni.generate import Sampling, choose, embed_batch, stream_tokens
 from omni.losses import next_token_loss_sum
@@ -151,3 +152,14 @@ def test_sampling_controls():
     )
     assert draw(top_k=2) == {0, 1} and draw(top_p=0.6) == {0} and draw() >= {0, 1, 2}
     assert choose(logits, Sampling(), None).unique().tolist() == [0]
+
+
+def test_replayed_text_and_answers_are_loss_terms_of_their_own(model):
+    text = Encoded([5, 6, 7, 8], [6, 7, 8, 9], replay=True)
+    mixed = batch_of(model, [*chats(), text])
+    terms = sft_omni.loss(model, mixed)
+    assert mixed.counts["replay"] == 4
+    assert mixed.counts["answers"] == batch_of(model, chats()).counts["answers"]
+    alone = sft_omni.loss(model, batch_of(model, chats()))
+    torch.testing.assert_close(terms["answers"], alone["answers"], rtol=1e-4, atol=1e-4)
+    assert float(alone["replay"]) == 0.0 < float(terms["replay"])
