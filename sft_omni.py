@@ -50,6 +50,7 @@ class ChatData:
     replay_text: str | None = None  # stage A's text, so that the Thinker does not forget it
     replay_share: float = 0.1  # of all samples
     replay_weight: float = 0.3  # of their loss, per token, beside that of the answers
+    transcript_weight: float = 1.0  # of the CTC loss of the recordings' transcripts, per token
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
     val_questions: int = 64  # asked at each validation, of each task
     speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
@@ -81,7 +82,7 @@ class OmniSFTConfig(StageConfig):
 
 
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the assistant's tokens and of replayed text, summed.
+    """Cross-entropy of the assistant's tokens and of replayed text, CTC loss of known transcripts; summed.
 
     Two terms: a window of text has ten times the labels of an answer, and in one sum would be most of the gradient.
     """
@@ -91,7 +92,9 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
         "answers": batch.labels_BT.masked_fill(replay_B1, IGNORE),
         "replay": batch.labels_BT.masked_fill(~replay_B1, IGNORE),
     }
-    return {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
+    sums = {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
+    heard = batch.states_NTD, batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
+    return sums | {"transcripts": model.transcript_loss_sum(*heard)}
 
 
 class ChatPhases:
@@ -125,7 +128,7 @@ class ChatPhases:
         found, data = self.chats(self.config.data.train), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.paths("image") or chat.paths("audio")]
-        encoded = [self.encoder.example(chat.messages) for chat in found]
+        encoded = [self.encoder.example(chat.messages, chat.transcript) for chat in found]
         if self.encoder.cuts:
             log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
         replay = replay_windows(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
@@ -148,7 +151,8 @@ class ChatPhases:
         """A phase that trains ``trains`` on the chats."""
         samples, run = self.training(self.model.thinker in trains), self.config.run
         stream = BatchStream(samples, settings.batch_size, run.seed, samples.lengths, run.num_workers)
-        weights = {"answers": 1.0, "replay": self.config.data.replay_weight}
+        data = self.config.data
+        weights = {"answers": 1.0, "replay": data.replay_weight, "transcripts": data.transcript_weight}
         return Stage(trains, stream, loss, self.evaluate, settings, weights, unit="tokens")
 
 
@@ -171,7 +175,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
             config.val_sentences,
         )
 
-    projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector]
+    projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector, model.transcript_head]
     tuned = projectors if config.freeze_thinker else [*projectors, model.thinker]
     phases: list[tuple[str, Callable[[], Stage]]] = [
         ("projectors", lambda: chats.stage(projectors, config.projectors)),

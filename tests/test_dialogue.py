@@ -126,7 +126,7 @@ def test_padding_is_no_label_and_features_keep_their_order():
         Encoded([5], [6], images=["y"], audios=["z"], audio_positions=[2]),
     ]
     batch = collate_chats(chats, lambda p: torch.full((4, 2), float(ord(p))), lambda p: torch.ones(5, 3), pad_id=0)
-    assert batch.counts == {"answers": 4, "replay": 0, "tokens": 4}
+    assert batch.counts == {"answers": 4, "replay": 0, "transcripts": 0, "tokens": 4}
     assert batch.tokens_BT.shape[1] % 16 == 0 and (batch.labels_BT[1, 1:] == IGNORE).all()
     assert batch.patches_NPD[:, 0, 0].tolist() == [ord("x"), ord("y")]
     left = collate_chats(chats, lambda p: torch.ones(4, 2), lambda p: torch.ones(5, 3), pad_id=0, left=True)

@@ -7,6 +7,7 @@ the projected features there. Labels are the assistant's tokens, its end-of-turn
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Chat:
     template: str | list[str] = ""
     held_out: str = ""
     speak: bool = False
+    transcript: str = ""  # of the chat's only recording
 
     def paths(self, kind: str) -> list[str]:
         """The chat's pictures or recordings, in order."""
@@ -99,6 +101,7 @@ def _chat(row: Row) -> Chat:
         values.get("template", ""),
         str(values.get("held_out", "")),
         values.get("speak") is True,
+        str(values.get("transcript", "")),
     )
 
 
@@ -144,6 +147,7 @@ class Encoded:
     images: list[str] = field(default_factory=list)
     audios: list[str] = field(default_factory=list)
     audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
+    transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known
     replay: bool = False  # a window of plain text, in which every token is a label
 
 
@@ -173,9 +177,11 @@ class ChatEncoder:
             raise UserError(f"the chat takes {len(encoded.tokens)} positions, expected at most {self.ctx_len}")
         return encoded
 
-    def example(self, messages: Sequence[Message]) -> Encoded:
-        """A whole chat for training, cut at the end where it is too long."""
+    def example(self, messages: Sequence[Message], transcript: str = "") -> Encoded:
+        """A whole chat for training, cut at the end where it is too long; ``transcript`` is of its only recording."""
         encoded = self._encode(messages)
+        if transcript and len(encoded.audios) == 1:
+            encoded.transcript = self.tokenizer.encode(turn_text(transcript))
         if len(encoded.tokens) > self.ctx_len + 1:
             self.cuts += 1
             media = {self.tokenizer.special[token] for token in _MEDIA.values()}
@@ -228,6 +234,8 @@ class ChatBatch(Batch):
         patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
         states_NTD: audio encoder states of all recordings, padded with zeros.
         positions_N: positions that each recording takes.
+        transcripts_NS: tokens of each recording's transcript, padded.
+        num_transcript_N: how many; 0 where there is none, or none that fits.
     """
 
     tokens_BT: torch.Tensor
@@ -237,6 +245,8 @@ class ChatBatch(Batch):
     patches_NPD: torch.Tensor
     states_NTD: torch.Tensor
     positions_N: torch.Tensor
+    transcripts_NS: torch.Tensor
+    num_transcript_N: torch.Tensor
 
 
 Features = Callable[[str], torch.Tensor]
@@ -261,6 +271,10 @@ def collate_chats(
         tokens[row, where] = torch.tensor(chat.tokens)
         labels[row, where] = torch.tensor(chat.labels)
         valid[row, where] = True
+    transcripts = [_fitting(chat) for chat in chats for _ in chat.audios]
+    transcripts_NS = torch.zeros(len(transcripts), max(map(len, transcripts), default=0), dtype=torch.long)
+    for row, spoken in enumerate(transcripts):
+        transcripts_NS[row, : len(spoken)] = torch.tensor(spoken, dtype=torch.long)
     images = [image_features(path) for chat in chats for path in chat.images]
     audios = [audio_features(path) for chat in chats for path in chat.audios]
     positions = [size for chat in chats for size in chat.audio_positions]
@@ -274,6 +288,7 @@ def collate_chats(
     counts = {
         "answers": int(num_labels_B[~replay].sum()),
         "replay": int(num_labels_B[replay].sum()),
+        "transcripts": sum(map(len, transcripts)),
         "tokens": int(valid.sum()),
     }
     return ChatBatch(
@@ -285,7 +300,16 @@ def collate_chats(
         torch.stack(images) if images else torch.zeros(0, 0, 0),
         states,
         torch.tensor(positions, dtype=torch.long),
+        transcripts_NS,
+        torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
     )
+
+
+def _fitting(chat: Encoded) -> list[int]:
+    """A chat's transcript, if CTC can write it into the positions of its recording."""
+    repeats = sum(before == after for before, after in itertools.pairwise(chat.transcript))
+    fits = len(chat.transcript) + repeats <= sum(chat.audio_positions)
+    return chat.transcript if fits else []
 
 
 class ChatSamples:

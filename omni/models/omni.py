@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
-from omni.models.projector import ProjectorConfig, build_projector, stack_patches, stack_states
+from omni.models.projector import ProjectorConfig, TranscriptHead, build_projector, stack_patches, stack_states
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
@@ -43,6 +44,7 @@ class OmniModel(nn.Module):
         dim = config.thinker.dim
         self.image_projector = build_projector(config.vision_encoder.dim, dim, config.image_projector)
         self.audio_projector = build_projector(config.audio_encoder.dim, dim, config.audio_projector)
+        self.transcript_head = TranscriptHead(dim)
 
     @property
     def image_positions(self) -> int:
@@ -62,6 +64,29 @@ class OmniModel(nn.Module):
         """Audio states to embeddings [N, ceil(T / stack), D], in fp32."""
         with torch.autocast(states_NTD.device.type, enabled=False):
             return self.audio_projector(stack_states(states_NTD.float(), self.config.audio_projector.stack))
+
+    def transcript_loss_sum(
+        self, states_NTD: torch.Tensor, positions_N: torch.Tensor, tokens_NS: torch.Tensor, num_tokens_N: torch.Tensor
+    ) -> torch.Tensor:
+        """CTC loss of the recordings' transcripts, summed over the recordings that have one.
+
+        Args:
+            states_NTD: features of all recordings, padded.
+            positions_N: positions that each recording takes.
+            tokens_NS: transcripts, padded.
+            num_tokens_N: tokens of each; 0 where there is no transcript, or none that fits into the positions.
+        """
+        known_N = num_tokens_N > 0
+        if not bool(known_N.any()):
+            return states_NTD.new_zeros(())
+        log_probs_NSV = self.transcript_head(self.project_audio(states_NTD[known_N]), self.thinker.embed_tokens.weight)
+        return F.ctc_loss(
+            log_probs_NSV.transpose(0, 1),
+            tokens_NS[known_N] + 1,
+            positions_N[known_N],
+            num_tokens_N[known_N],
+            reduction="sum",
+        )
 
     def embed(
         self,
