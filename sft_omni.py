@@ -84,7 +84,8 @@ class OmniSFTConfig(StageConfig):
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     """Cross-entropy of the assistant's tokens and of replayed text, CTC loss of known transcripts; summed.
 
-    Two terms: a window of text has ten times the labels of an answer, and in one sum would be most of the gradient.
+    Answers and replay are two terms: a window of text has ten times the labels of an answer, and in one sum would be
+    most of the gradient.
     """
     x = model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
     final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from omni.data.speech import needed_steps, pad_frames
+from omni.data.speech import pad_frames
 from omni.data.voices import Aligned, Voices
 from omni.generate_speech import embed_speakers, word_states
 from omni.models.audio_encoder import AudioEncoder
@@ -18,7 +18,7 @@ from omni.models.thinker import Thinker
 from omni.runtime import log
 from omni.speech_text import spoken_words, units
 from omni.timing import unit_durations, word_spans
-from omni.tokenizer import Characters, Tokenizer
+from omni.tokenizer import Characters, Tokenizer, needed_steps
 
 Spans = list[tuple[float, float]]  # first and one-past-last mel frame of each word
 _LONGEST_EDGE_SECONDS = 0.2  # of silence kept before the first and after the last word

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 import string
 from collections.abc import Iterable, Sequence
@@ -130,6 +131,11 @@ class Characters:
     def decode(self, symbols: Iterable[int]) -> str:
         """The text of symbols; blank and pad say nothing, an unknown character is written as U+FFFD."""
         return "".join(chr(s + 31) if 1 <= s <= 95 else "\ufffd" for s in symbols if s not in (self.blank, self.pad))
+
+
+def needed_steps(symbols: Sequence[int]) -> int:
+    """CTC steps that a target needs: one a symbol, and a blank between equal neighbours."""
+    return len(symbols) + sum(a == b for a, b in itertools.pairwise(symbols))
 
 
 _NOT_SPOKEN = str.maketrans({c: " " for c in string.punctuation if c != "'"})

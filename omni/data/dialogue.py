@@ -7,7 +7,6 @@ the projected features there. Labels are the assistant's tokens, its end-of-turn
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from omni.config import UserError
 from omni.data.manifest import Row, raise_problems, read_jsonl
 from omni.data.stream import Batch, pad_to
-from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, turn_text
+from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, needed_steps, turn_text
 
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 _MEDIA = {"image": IMAGE, "audio": AUDIO}
@@ -307,9 +306,7 @@ def collate_chats(
 
 def _fitting(chat: Encoded) -> list[int]:
     """A chat's transcript, if CTC can write it into the positions of its recording."""
-    repeats = sum(before == after for before, after in itertools.pairwise(chat.transcript))
-    fits = len(chat.transcript) + repeats <= sum(chat.audio_positions)
-    return chat.transcript if fits else []
+    return chat.transcript if needed_steps(chat.transcript) <= sum(chat.audio_positions) else []
 
 
 class ChatSamples:

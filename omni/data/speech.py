@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from omni.config import UserError
 from omni.data.manifest import Row, raise_problems, read_csv
 from omni.data.stream import Batch, pad_to
 from omni.runtime import log
-from omni.tokenizer import Characters, spoken_text
+from omni.tokenizer import Characters, needed_steps, spoken_text
 
 _CACHE_BYTES = 2 * 2**30  # log-mel frames kept in memory, as fp16: about 37 hours
 
@@ -145,11 +144,6 @@ class Transcribed:
             symbols_BS[row, : len(symbols)] = torch.tensor(symbols)
         counts = {"characters": int(num_symbols_B.sum()), "frames": int(num_frames_B.sum())}
         return SpeechBatch(counts, frames_BFM, num_frames_B, symbols_BS, num_symbols_B)
-
-
-def needed_steps(symbols: Sequence[int]) -> int:
-    """CTC steps that a target needs: one a symbol, and a blank between equal neighbours."""
-    return len(symbols) + sum(a == b for a, b in itertools.pairwise(symbols))
 
 
 def pad_frames(frames: Sequence[torch.Tensor], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from omni.data.speech import Recordings, needed_steps, pad_frames, read_speech_manifest
+from omni.data.speech import Recordings, pad_frames, read_speech_manifest
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder, greedy_transcripts
-from omni.tokenizer import Characters, spoken_text
+from omni.tokenizer import Characters, needed_steps, spoken_text
 
 
 @dataclass
