@@ -13,7 +13,7 @@ from omni.audio import SILENCE, MelConfig, load_audio
 from omni.config import UserError
 from omni.data.manifest import Row
 from omni.data.speech import Recordings
-from omni.data.stream import Batch
+from omni.data.stream import Batch, pad_to
 from omni.speech_text import spoken_words, units
 from omni.timing import FramePlan, TalkerText, plan_batch, plan_frames, unit_symbols
 
@@ -212,7 +212,7 @@ class Sentences:
         """Pad to multiples of 16, so that the CPU sees few shapes."""
         sentences = [sentence for sentence, _ in samples]
         symbols_BC, unit_BC = unit_symbols([sentence.units for sentence in sentences], multiple=16)
-        most = max(len(sentence.units) for sentence in sentences)
+        most = pad_to(max(len(sentence.units) for sentence in sentences), 8)
         plan = plan_batch(
             [
                 plan_frames(torch.tensor([len(unit) for unit in sentence.units]), torch.tensor(sentence.durations))
@@ -228,7 +228,9 @@ class Sentences:
         states_BUD = None
         if sentences[0].states_UD is not None:
             rows = [sentence.states_UD for sentence in sentences if sentence.states_UD is not None]
-            states_BUD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            states_BUD = torch.zeros(len(rows), most, rows[0].shape[1])
+            for row, states in enumerate(rows):
+                states_BUD[row, : len(states)] = states
         counts = dict.fromkeys(("frames", "codes", "stop"), int(plan.num_frames_B.sum()))
         counts["durations"] = sum(len(sentence.units) for sentence in sentences)
         return SentenceBatch(

@@ -19,6 +19,7 @@ from omni.models.layers import (
     Block,
     RMSNorm,
     RotaryPositions,
+    TimeConv,
     check_finite,
     init_weights,
     padding_mask,
@@ -79,9 +80,9 @@ class AudioEncoder(nn.Module):
         width = config.mel.num_mels
         convolutions: list[nn.Module] = []
         for _ in range(config.reduction.bit_length() - 1):
-            convolutions.append(nn.Conv1d(width, config.dim, kernel_size=5, stride=2, padding=2))
+            convolutions.append(TimeConv(width, config.dim, kernel_size=5, stride=2, padding=2))
             width = config.dim
-        self.convolutions = nn.ModuleList(convolutions or [nn.Conv1d(width, config.dim, 5, padding=2)])
+        self.convolutions = nn.ModuleList(convolutions or [TimeConv(width, config.dim, 5, padding=2)])
         self.blocks = nn.ModuleList(
             Block(
                 config.dim,
@@ -120,14 +121,13 @@ class AudioEncoder(nn.Module):
         num_states_B = num_frames_B
         # the mean spectrum of an utterance is its voice and its microphone, not its words
         mean_B1M = (frames_BFM * valid_BT[..., None]).sum(1, keepdim=True) / num_frames_B[:, None, None]
-        x = (frames_BFM - mean_B1M).transpose(1, 2)
+        x = frames_BFM - mean_B1M
         for convolution in self.convolutions:
             # zero what is padding before every convolution, so that padding changes nothing
-            x = F.gelu(convolution(x * valid_BT[:, None].to(x.dtype)))
+            x = F.gelu(convolution(x * valid_BT[:, :, None].to(x.dtype)))
             if self.config.reduction > 1:
                 num_states_B = (num_states_B + 1) // 2
-            valid_BT = padding_mask(num_states_B, x.shape[2])
-        x = x.transpose(1, 2)
+            valid_BT = padding_mask(num_states_B, x.shape[1])
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
         mask = None if bool(valid_BT.all()) else valid_BT[:, None, None, :]
         for block in self.blocks:

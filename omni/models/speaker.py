@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omni.models.layers import check_finite, init_weights, padding_mask
+from omni.models.layers import TimeConv, check_finite, init_weights, padding_mask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SpeakerEncoder(nn.Module):
         self.config = config
         widths = [config.num_mels, *[config.dim] * config.num_layers]
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(inside, outside, kernel_size=5, stride=2 if number < 2 else 1, padding=2)
+            TimeConv(inside, outside, kernel_size=5, stride=2 if number < 2 else 1, padding=2)
             for number, (inside, outside) in enumerate(itertools.pairwise(widths))
         )
         self.out_proj = nn.Linear(2 * config.dim, config.embedding_dim)
@@ -47,17 +47,17 @@ class SpeakerEncoder(nn.Module):
         Raises:
             FloatingPointError: when they are not finite.
         """
-        x = frames_BFM.transpose(1, 2)
-        lengths = num_frames_B if num_frames_B is not None else torch.full((len(x),), x.shape[2], device=x.device)
+        x = frames_BFM
+        lengths = num_frames_B if num_frames_B is not None else torch.full((len(x),), x.shape[1], device=x.device)
         for convolution in self.convolutions:
-            valid = padding_mask(lengths, x.shape[2])[:, None]
+            valid = padding_mask(lengths, x.shape[1])[:, :, None]
             x = F.gelu(convolution(x * valid.to(x.dtype)))
             if convolution.stride == (2,):
                 lengths = (lengths + 1) // 2
-        weights = padding_mask(lengths, x.shape[2])[:, None].float()
-        x, count = x.float(), weights.sum(2).clamp(min=1)
-        mean = (x * weights).sum(2) / count
-        deviation = (((x - mean[:, :, None]).square() * weights).sum(2) / count + 1e-5).sqrt()
+        weights = padding_mask(lengths, x.shape[1])[:, :, None].float()
+        x, count = x.float(), weights.sum(1).clamp(min=1)
+        mean = (x * weights).sum(1) / count
+        deviation = (((x - mean[:, None]).square() * weights).sum(1) / count + 1e-5).sqrt()
         embedding = self.out_proj(torch.cat([mean, deviation], dim=1)).float()
         check_finite(embedding, "the speaker embeddings")
         return F.normalize(embedding, dim=-1)

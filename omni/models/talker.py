@@ -21,6 +21,7 @@ from omni.models.layers import (
     KVCache,
     RMSNorm,
     RotaryPositions,
+    TimeConv,
     check_finite,
     init_weights,
     padding_mask,
@@ -90,7 +91,7 @@ class Talker(nn.Module):
         self.state_proj = nn.Sequential(*states)
         self.text_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(config.text_layers))
         self.text_convolutions = nn.ModuleList(
-            nn.Conv1d(dim, dim, config.text_kernel, padding=config.text_kernel // 2) for _ in range(config.text_layers)
+            TimeConv(dim, dim, config.text_kernel, padding=config.text_kernel // 2) for _ in range(config.text_layers)
         )
         self.duration_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
         self.text_proj = nn.Linear(dim, dim)
@@ -126,7 +127,7 @@ class Talker(nn.Module):
             x = x + self._state_share(text)
         for norm, convolution in zip(self.text_norms, self.text_convolutions, strict=True):
             h = norm(x) * valid_BC1
-            x = x + F.gelu(convolution(h.transpose(1, 2)).transpose(1, 2))
+            x = x + F.gelu(convolution(h))
         return x
 
     def _state_share(self, text: TalkerText) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from omni.audio import MelConfig, log_mel
 from omni.config import Problem
-from omni.models.layers import ConvLayer, check_finite, init_weights
+from omni.models.layers import ConvLayer, TimeConv, check_finite, init_weights
 
 _LOG_FLOOR = 1e-4  # added to magnitudes before the logarithm, in the spectrum and in the losses
 
@@ -47,7 +47,7 @@ class Vocoder(nn.Module):
         super().__init__()
         self.config, self.mel = config, mel
         self.num_bins = mel.n_fft // 2 + 1
-        self.in_proj = nn.Conv1d(mel.num_mels, config.dim, config.kernel, padding=config.kernel // 2)
+        self.in_proj = TimeConv(mel.num_mels, config.dim, config.kernel, padding=config.kernel // 2)
         hidden = config.dim * config.hidden_factor
         self.layers = nn.ModuleList(ConvLayer(config.dim, config.kernel, hidden) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
@@ -63,7 +63,7 @@ class Vocoder(nn.Module):
         Raises:
             FloatingPointError: when it is not finite.
         """
-        x = self.in_proj(frames_BFM.transpose(1, 2)).transpose(1, 2)
+        x = self.in_proj(frames_BFM)
         for layer in self.layers:
             x = layer(x)
         log_magnitude, real, imaginary = self.out_proj(self.norm(x)).float().chunk(3, dim=-1)
