@@ -26,7 +26,7 @@ from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encode
 from omni.data.manifest import hash_files
 from omni.data.speech import read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.text import read_text, tokenize
+from omni.data.text import document_spans, read_text, tokenize
 from omni.data.voices import Voices
 from omni.evaluate.omni import Examiner
 from omni.features import FeatureStore
@@ -87,15 +87,16 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     Answers and replay are two terms: a window of text has ten times the labels of an answer, and in one sum would be
     most of the gradient.
     """
-    x = model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
+    heard_NSD = model.project_audio(batch.states_NTD)
+    x = model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
     final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]
     labels = {
         "answers": batch.labels_BT.masked_fill(replay_B1, IGNORE),
         "replay": batch.labels_BT.masked_fill(~replay_B1, IGNORE),
     }
     sums = {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
-    heard = batch.states_NTD, batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
-    return sums | {"transcripts": model.transcript_loss_sum(*heard)}
+    transcripts = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
+    return sums | {"transcripts": model.transcript_loss_sum(heard_NSD, *transcripts)}
 
 
 class ChatPhases:
@@ -132,7 +133,7 @@ class ChatPhases:
         encoded = [self.encoder.example(chat.messages, chat.transcript) for chat in found]
         if self.encoder.cuts:
             log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
-        replay = replay_windows(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
+        replay = replay_documents(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
         tasks = [chat.task for chat in found]
         weights = {task: weight for task, weight in data.task_weights.items() if thinker or task in tasks}
         return ChatSamples(encoded, tasks, weights, self.collate, replay, data.replay_share)
@@ -229,14 +230,13 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str
     return model, tokenizer, {"tokenizer": tokenizer.hash, **lineage}
 
 
-def replay_windows(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
-    """Windows of stage A's text in which every token is a label."""
+def replay_documents(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
+    """The documents of stage A's text, in which every token is a label."""
     if config.data.replay_text is None:
         return []
-    tokens = tokenize(read_text(config.data.replay_text), tokenizer, config.save_dir / "cache").tolist()
-    size = min(ctx_len, 128)  # the length of a chat: long windows among short chats would be mostly padding
-    starts = range(0, len(tokens) - size - 1, size)
-    return [Encoded(tokens[s : s + size], tokens[s + 1 : s + size + 1], replay=True) for s in starts]
+    tokens = tokenize(read_text(config.data.replay_text), tokenizer, config.save_dir / "cache")
+    pieces = (tokens[start:end].tolist() for start, end in document_spans(tokens, tokenizer, ctx_len))
+    return [Encoded(piece[:-1], piece[1:], replay=True) for piece in pieces]
 
 
 def quiz(examiner: Examiner, chats: Sequence[Chat], config: OmniSFTConfig) -> dict[str, float]:

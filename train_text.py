@@ -20,7 +20,7 @@ import torch
 from omni.config import PhaseConfig, StageConfig, to_dict
 from omni.data.manifest import hash_files
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.text import PackedText, TextBatch, learn_tokenizer, read_text, split_text, tokenize
+from omni.data.text import PackedDocuments, PackedText, TextBatch, learn_tokenizer, read_text, split_text, tokenize
 from omni.evaluate.thinker import TextLikelihood
 from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -68,23 +68,18 @@ def build(config: TextConfig, precision: Precision) -> Run:
     thinker = Thinker(model_config)
 
     def train() -> Stage:
-        packed = [
-            PackedText(
-                tokenize(part, tokenizer, config.save_dir / "cache"),
-                model_config.ctx_len,
-                tokenizer,
-                config.data.separate_documents,
-            )
-            for part in (train_text, val_text)
-        ]
+        tokens, val_tokens = (tokenize(part, tokenizer, config.save_dir / "cache") for part in (train_text, val_text))
+        separate, ctx_len = config.data.separate_documents, model_config.ctx_len
+        packed = (PackedDocuments if separate else PackedText)(tokens, ctx_len, tokenizer)
+        packed_val = PackedText(val_tokens, ctx_len, tokenizer, separate)
 
         def evaluate(model: Thinker) -> dict[str, float]:
             likelihood = TextLikelihood(model, tokenizer)
-            for batch in ordered_batches(packed[1], config.train.batch_size, config.run.val_batches):
+            for batch in ordered_batches(packed_val, config.train.batch_size, config.run.val_batches):
                 likelihood.add(batch.to(precision.device))
             return likelihood.figures()
 
-        stream = BatchStream(packed[0], config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        stream = BatchStream(packed, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
         weights = {"tokens": 1.0, "answers": config.answer_weight}
         return Stage([thinker], stream, loss, evaluate, config.train, weights, unit="tokens")
 

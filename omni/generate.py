@@ -115,4 +115,5 @@ def answer(
 @torch.no_grad()
 def embed_batch(model: OmniModel, batch: ChatBatch) -> torch.Tensor:
     """Embeddings of a batch of prompts."""
-    return model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
+    heard_NSD = model.project_audio(batch.states_NTD)
+    return model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni.models.layers import TimeConv, attend, dropout
+from omni.models.layers import RMSNorm, TimeConv, attend, dropout
 
 
 @pytest.mark.parametrize("width, groups, stride", [(8, 8, 1), (6, 1, 2)])
@@ -54,3 +54,18 @@ def test_plain_attention_equals_the_fused_kernel(kind: str) -> None:
     found = torch.autograd.grad(plain, [q, k, v], direction.bfloat16())
     for a, b in zip(found, torch.autograd.grad(fused, single, direction), strict=True):
         torch.testing.assert_close(a.float(), b, atol=0.05, rtol=0.05)
+
+
+def test_norm_on_the_cpu_equals_torchs() -> None:
+    torch.manual_seed(0)
+    norm, x = RMSNorm(12), torch.randn(3, 5, 12, requires_grad=True)
+    torch.nn.init.normal_(norm.weight)
+    found, plain = norm(x), F.rms_norm(x, (12,), norm.weight, norm.eps)
+    torch.testing.assert_close(found, plain)
+    direction = torch.randn_like(plain)
+    for a, b in zip(
+        torch.autograd.grad(found, [x, norm.weight], direction),
+        torch.autograd.grad(plain, [x, norm.weight], direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -73,7 +73,7 @@ def test_every_picture_patch_and_audio_state_reaches_the_logits(model):
 
 
 def embed(model, batch):
-    return model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
+    return model.embed(batch.tokens_BT, batch.patches_NPD, model.project_audio(batch.states_NTD), batch.positions_N)
 
 
 def test_zeroed_image_tokens_change_the_answers_logits_and_no_other_row(model):
@@ -171,15 +171,15 @@ def test_transcripts_teach_the_audio_projector(model):
     long = Encoded([1, *[AUDIO] * 3, 4, 5], [-100] * 5 + [13], audios=["d"], audio_positions=[3], transcript=[7, 7, 8])
     batch = batch_of(model, [sound, silent, long])  # 7 7 8 takes four positions: a blank parts the sevens
     assert batch.num_transcript_N.tolist() == [2, 0, 0] and batch.counts["transcripts"] == 2
-    states, positions = batch.states_NTD, batch.positions_N
-    value = model.transcript_loss_sum(states, positions, batch.transcripts_NS, batch.num_transcript_N)
+    heard, positions = model.project_audio(batch.states_NTD), batch.positions_N
+    value = model.transcript_loss_sum(heard, positions, batch.transcripts_NS, batch.num_transcript_N)
     # by hand: every path of three positions that reads "7 7" is 7, blank, 7
     with torch.no_grad():
-        log_probs = model.transcript_head(model.project_audio(states[:1]), model.thinker.embed_tokens.weight)[0]
+        log_probs = model.transcript_head(heard[:1], model.thinker.embed_tokens.weight)[0]
     assert value.item() == pytest.approx(-(log_probs[0, 8] + log_probs[1, 0] + log_probs[2, 8]).item(), abs=1e-4)
     model.zero_grad()
     value.backward()
     for name, parameter in [*model.audio_projector.named_parameters(), *model.transcript_head.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     model.zero_grad()
-    assert float(model.transcript_loss_sum(states[1:], positions[1:], batch.transcripts_NS[1:], torch.zeros(2))) == 0.0
+    assert float(model.transcript_loss_sum(heard[1:], positions[1:], batch.transcripts_NS[1:], torch.zeros(2))) == 0.0

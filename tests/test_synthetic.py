@@ -39,7 +39,7 @@ COUNTED = (  # noqa: SIM905
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
-NUMBERS = COUNTED[:11]
+NUMBERS = COUNTED[:21]
 
 needs_espeak = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None, reason="needs the extra `synth` (espeak-ng)"

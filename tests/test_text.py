@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from omni.data.text import PackedText, TextBatch
+from omni.data.text import PackedDocuments, PackedText, TextBatch, fit
 from omni.models.thinker import Thinker, ThinkerConfig
-from omni.tokenizer import Tokenizer
+from omni.tokenizer import IGNORE, Tokenizer
 
 CHAT = "<|user|> one?<|end|><|assistant|> two<|end|><|user|> three?<|end|><|assistant|> four<|end|>"
 
@@ -48,3 +48,42 @@ def test_documents_do_not_see_each_other(tokenizer: Tokenizer) -> None:
         rows = found.documents_BT[0] == 1
         alone = thinker(thinker.embed(found.tokens_BT[:, rows])).final_BTD
     torch.testing.assert_close(together[:, rows], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_packing_cuts_no_document_and_loses_no_token(tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(0)
+    texts = [
+        " ".join([["one", "two", "three", "four", "five", "six"][i] for i in rng.integers(0, 6, n)])
+        for n in (3, 9, 17) * 9
+    ]
+    text = "\n\n".join([*texts, CHAT])
+    tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
+    packed = PackedDocuments(tokens, 40, tokenizer)
+    found = packed.collate([packed.sample(index, np.random.default_rng(index)) for index in range(len(packed))])
+    said = []
+    for row in range(len(packed)):
+        for number in range(int(found.documents_BT[row].max()) + 1):
+            part = found.documents_BT[row] == number
+            if bool((found.labels_BT[row, part] != IGNORE).any()):
+                inputs, labels = found.tokens_BT[row, part], found.labels_BT[row, part]
+                assert torch.equal(inputs[1:], labels[:-1])
+                said.append(tokenizer.decode(inputs.tolist()).strip())
+    assert sorted(said) == sorted([*texts, CHAT])
+    assert found.counts["tokens"] == int((found.labels_BT != IGNORE).sum()) == len(tokens) - len(packed)
+    assert tokenizer.decode(found.labels_BT[found.answers_BT].tolist()) == " two<|end|> four<|end|>"
+    assert len(packed) * 40 < 1.15 * len(tokens)
+
+
+def test_a_document_longer_than_a_window_comes_in_pieces(tokenizer: Tokenizer) -> None:
+    tokens = np.array(tokenizer.encode("one two three four five six seven eight nine ten " * 9))
+    packed = PackedDocuments(tokens, 16, tokenizer)
+    pieces = [piece for index in range(len(packed)) for piece in packed.sample(index, None)]
+    assert max(map(len, pieces)) == 16 and sum(map(len, pieces)) in (len(tokens), len(tokens) - 1)
+
+
+def test_fit_fills_groups() -> None:
+    sizes = [7, 3, 5, 5, 2, 8, 10, 1, 4, 5]
+    groups = fit(sizes, 10)
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
+    assert all(sum(sizes[index] for index in group) <= 10 for group in groups)
+    assert len(groups) == 5  # their sum is 50

@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from omni import losses
 from omni.losses import next_token_loss_sum
 from omni.models.layers import KVCache
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -112,3 +114,21 @@ def test_logits_that_are_not_finite_are_refused(thinker: Thinker) -> None:
 def test_impossible_shapes_are_problems(key: str, value: int) -> None:
     assert list(dataclasses.replace(CONFIG, **{key: value}).problems())
     assert not list(CONFIG.problems())
+
+
+def test_cross_entropy_in_chunks_equals_that_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(losses, "_CHUNK", 7 * 40)  # seven rows at a time, of 25
+    x, weight = torch.randn(25, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    labels = torch.randint(40, (25,))
+    labels[[3, 24]] = IGNORE
+    chunked = losses.linear_cross_entropy(x, weight, labels)
+    whole = F.cross_entropy(x @ weight.T, labels, reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(chunked, whole)
+    factors = torch.rand(25)
+    found = torch.autograd.grad((chunked * factors).sum(), [x, weight])
+    for a, b in zip(found, torch.autograd.grad((whole * factors).sum(), [x, weight]), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(FloatingPointError):
+        losses.linear_cross_entropy(x * float("inf"), weight, labels)
+    assert losses.linear_cross_entropy(x[:0], weight, labels[:0]).sum() == 0

@@ -70,7 +70,7 @@ class Chats:
     texts: set[str] = field(default_factory=set)  # the questions of this split, normalized
     spoken: list[tuple[Question, Recording]] = field(default_factory=list)
     picture_recordings: list[Recording] = field(default_factory=list)
-    scenes: dict[str, list[Question]] = field(default_factory=dict)  # more to ask about a written scene
+    scenes: dict[str, dict[str, list[Question]]] = field(default_factory=dict)  # all that is asked of written scenes
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.world.seed}/chats/{self.split}")
@@ -114,7 +114,7 @@ class Chats:
         while True:
             context, asked = written_scene(self.world, self.rng, self.split)
             if options := asked.get(kind.removeprefix("scene_")):
-                self.scenes[context] = [_in_words(each, context) for each in several_questions(self.rng, asked, 8)]
+                self.scenes[context] = asked
                 return _in_words(self.rng.choice(options), context)
 
     def text_qa(self, count: int) -> None:
@@ -134,7 +134,8 @@ class Chats:
         """Return a question and some that may follow it: about the same scene, or others of its kind."""
         if question.context in self.scenes:
             asked = [question]
-            for other in self.scenes[question.context]:
+            for each in several_questions(self.rng, self.scenes[question.context], 8):
+                other = _in_words(each, question.context)
                 if other.text != question.text and len(asked) < 5 and balance.admits(other):
                     asked.append(balance.pick(self.rng, [other]))
             return asked

@@ -147,7 +147,7 @@ class Encoded:
     audios: list[str] = field(default_factory=list)
     audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
     transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known
-    replay: bool = False  # a window of plain text, in which every token is a label
+    replay: bool = False  # plain text, in which every token is a label
 
 
 class ChatEncoder:
@@ -228,7 +228,7 @@ class ChatBatch(Batch):
     Attributes:
         tokens_BT: tokens; placeholders where media stand.
         labels_BT: the next token where the assistant speaks, IGNORE elsewhere.
-        replay_B: True for windows of plain text.
+        replay_B: True for plain text.
         valid_BT: False at padding.
         patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
         states_NTD: audio encoder states of all recordings, padded with zeros.
@@ -310,7 +310,7 @@ def _fitting(chat: Encoded) -> list[int]:
 
 
 class ChatSamples:
-    """Chats as training samples, each task as often as its weight says, mixed with windows of stage A's text.
+    """Chats as training samples, each task as often as its weight says, mixed with documents of stage A's text.
 
     Args:
         chats: encoded chats.

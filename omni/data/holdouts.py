@@ -15,7 +15,7 @@ from omni.data.world import Caption, Clause, Thing, World, normalize
 
 _NAME = rf"(?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
 _TOKEN = re.compile(rf"{_NAME}|(?P<place>{'|'.join(PLACES)})|(?P<relation>{'|'.join(RELATIONS)})|(?P<stop>[.?])")
-_NUMBER = r"(zero|one|two|three|four|five|six|seven|eight|nine|ten|\d+)\b"
+_NUMBER = rf"({'|'.join(NUMBERS)}|\d+)\b"
 _OPERANDS = re.compile(rf"\b{_NUMBER} (?:plus|minus|and) {_NUMBER}|\b{_NUMBER} away from {_NUMBER}")
 
 

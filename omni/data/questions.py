@@ -196,14 +196,25 @@ def closed_question(world: World, rng: random.Random, kind: str, split: str) -> 
     return Question(kind, fix_articles(text), y, sentence=fix_articles(sentence))
 
 
-def arithmetic(world: World, rng: random.Random, kind: str, split: str) -> Question:
-    """Ask for a sum or a difference of numbers up to ten; the test's operands are never combined in training."""
+def operands(world: World, rng: random.Random, kind: str, split: str) -> tuple[int, int]:
+    """Draw two numbers to add or subtract, none and no result above twenty.
+
+    The test's are never combined in training. With numbers up to ten only, training pairs would be so few that a
+    Thinker knows them by heart, and holding some out teaches it that what is missing is wrong (docs/log.md).
+    """
     while True:
-        a, b = rng.randint(0, 10), rng.randint(0, 10)
+        a, b = rng.randint(0, 20), rng.randint(0, 20)
         if kind == "subtract":
             a, b = max(a, b), min(a, b)
+        elif a + b > 20:
+            continue
         if world.operands_held_out(a, b) == (split == "test"):
-            break
+            return a, b
+
+
+def arithmetic(world: World, rng: random.Random, kind: str, split: str) -> Question:
+    """Ask for a sum or a difference."""
+    a, b = operands(world, rng, kind, split)
     y = NUMBERS[a + b if kind == "add" else a - b]
     text = rng.choice(QUESTIONS[kind]).format(a=NUMBERS[a], b=NUMBERS[b])
     return Question(
@@ -219,41 +230,43 @@ def arithmetic_statement(world: World, rng: random.Random, question_kind: str, s
     return rng.choice(STATEMENTS[question_kind]).format(a=a, b=b, y=question.answer)
 
 
-def person_questions(world: World, rng: random.Random, kind: str, spoken: bool = False) -> list[Question]:
-    """Ask of each of two or three people who has what; they are met only in this very context.
+def person_questions(
+    world: World, rng: random.Random, kinds: Iterable[str], spoken: bool = False
+) -> dict[str, list[Question]]:
+    """Ask of each of two or three people who has what; they are met only in this very context, one for all kinds.
 
-    The spoken form takes less than five seconds.
+    The spoken form takes less than five seconds; it has a context of its own for each kind.
     """
     number = 2 if spoken else rng.choice((2, 2, 3))
     people, objects = rng.sample(world.names, number), rng.sample(OBJECTS, number)
     colours = rng.sample(COLOURS, number)
-    if spoken and kind == "person_color":
-        wording = rng.choice(SPOKEN_COLOURS)
-        clauses = [
-            fix_articles(wording.format(a=a, o=o, c=c)) for a, o, c in zip(people, objects, colours, strict=True)
-        ]
-    else:
-        plain = spoken and kind == "who_has"
-        owned = [with_article(o if plain else f"{c} {o}") for o, c in zip(objects, colours, strict=True)]
-        verbs = OWNING[:1] if spoken else OWNING
-        clauses = [rng.choice(verbs).format(a=a, thing=thing) for a, thing in zip(people, owned, strict=True)]
-    wordings = PERSON_QUESTIONS[kind][: 2 if spoken else None]
-    found = []
-    for person, owned_object, colour in zip(people, objects, colours, strict=True):
-        thing = with_article(f"{colour} {owned_object}")
-        answer, sentence = {
-            "person_color": (colour, f"the {owned_object} is {colour}."),
-            "person_object": (thing, f"{person} has {thing}."),
-            "who_has": (person, f"{person} has the {owned_object}."),
-        }[kind]
-        text = rng.choice(wordings).format(a=person, object=owned_object)
-        found.append(Question(kind, text, answer, " ".join(clauses), sentence))
+    owned = [with_article(f"{c} {o}") for o, c in zip(objects, colours, strict=True)]
+    verbs = OWNING[:1] if spoken else OWNING
+    context = " ".join(rng.choice(verbs).format(a=a, thing=thing) for a, thing in zip(people, owned, strict=True))
+    found: dict[str, list[Question]] = {}
+    for kind in kinds:
+        said = context
+        if spoken and kind == "person_color":
+            wording = rng.choice(SPOKEN_COLOURS)
+            told = [wording.format(a=a, o=o, c=c) for a, o, c in zip(people, objects, colours, strict=True)]
+            said = " ".join(map(fix_articles, told))
+        elif spoken and kind == "who_has":
+            said = " ".join(verbs[0].format(a=a, thing=with_article(o)) for a, o in zip(people, objects, strict=True))
+        wordings = PERSON_QUESTIONS[kind][: 2 if spoken else None]
+        for person, owned_object, colour, thing in zip(people, objects, colours, owned, strict=True):
+            answer, sentence = {
+                "person_color": (colour, f"the {owned_object} is {colour}."),
+                "person_object": (thing, f"{person} has {thing}."),
+                "who_has": (person, f"{person} has the {owned_object}."),
+            }[kind]
+            text = rng.choice(wordings).format(a=person, object=owned_object)
+            found.setdefault(kind, []).append(Question(kind, text, answer, said, sentence))
     return found
 
 
 def person_question(world: World, rng: random.Random, kind: str, spoken: bool = False) -> Question:
     """Ask about one person."""
-    return rng.choice(person_questions(world, rng, kind, spoken))
+    return rng.choice(person_questions(world, rng, (kind,), spoken)[kind])
 
 
 def written_scene(world: World, rng: random.Random, split: str) -> tuple[str, dict[str, list[Question]]]:

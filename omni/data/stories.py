@@ -40,6 +40,7 @@ from omni.data.questions import (
     Question,
     arithmetic_statement,
     closed_facts,
+    operands,
     person_questions,
     word_question,
     written_scene,
@@ -145,20 +146,16 @@ def fact_statement(world: World, rng: random.Random, split: str) -> str:
 
 def _digits(world: World, rng: random.Random) -> tuple[str, str]:
     """Ask for a sum or a difference in digits."""
-    while True:
-        a, b = rng.randint(0, 10), rng.randint(0, 10)
-        if not world.operands_held_out(a, b):
-            break
-    if rng.random() < 0.5:
-        return f"what is {a} plus {b}?", str(a + b)
-    return f"what is {max(a, b)} minus {min(a, b)}?", str(max(a, b) - min(a, b))
+    kind = rng.choice(ARITHMETIC)
+    a, b = operands(world, rng, kind, "train")
+    return (f"what is {a} plus {b}?", str(a + b)) if kind == "add" else (f"what is {a} minus {b}?", str(a - b))
 
 
 def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
     kind = rng.choices(
-        ("scene", "captions", "story", "story_qa", "people", "numbers", "facts", "closed", "talk", "echo"),
-        (30, 4, 10, 5, 20, 9, 3, 7, 5, 16),
+        ("scene", "captions", "story", "story_qa", "people", "numbers", "sums", "facts", "closed", "talk", "echo"),
+        (30, 4, 10, 5, 20, 9, 6, 3, 7, 5, 16),
     )[0]
     if kind == "scene":
         return _scene_document(world, rng, split)
@@ -176,10 +173,11 @@ def document(world: World, rng: random.Random, split: str) -> str:
     if kind == "echo":
         return chat_document(echo(world, rng))
     if kind == "people":
-        asked_of = (person_questions(world, rng, rng.choice(IN_CONTEXT), rng.random() < 0.5) for _ in range(2))
-        return chat_document([turn for questions in asked_of for turn in turns_about(rng, questions)])
+        return _people_document(world, rng)
     if kind == "talk":
         return chat_document(talk(world, rng, "greeting") + talk(world, rng, "small_talk"))
+    if kind == "sums":
+        return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
     return chat_document(list(_short_questions(world, rng, kind)))
@@ -193,6 +191,17 @@ def _scene_document(world: World, rng: random.Random, split: str) -> str:
         return chat_document([(question.full_text, question.answer)])
     context, asked = written_scene(world, rng, split)
     return chat_document(turns_about(rng, several_questions(rng, asked, rng.randint(6, 9)), context))
+
+
+def _people_document(world: World, rng: random.Random) -> str:
+    """Say who has what and ask everything about it, or twice the spoken short form of one kind of question."""
+    if rng.random() < 0.5:
+        asked = person_questions(world, rng, IN_CONTEXT)
+        return chat_document(turns_about(rng, [question for some in asked.values() for question in some]))
+    turns: Turns = []
+    for kind in rng.sample(IN_CONTEXT, 2):
+        turns += turns_about(rng, person_questions(world, rng, (kind,), spoken=True)[kind])
+    return chat_document(turns)
 
 
 def several_questions(rng: random.Random, asked: dict[str, list[Question]], count: int) -> list[Question]:

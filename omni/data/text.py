@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from omni.config import UserError
 from omni.data.manifest import read_text_file
 from omni.data.stream import Batch
-from omni.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
+from omni.tokenizer import ASSISTANT, END, IGNORE, SYSTEM, USER, Tokenizer
 
 
 @dataclass
@@ -22,7 +25,7 @@ class TextBatch(Batch):
 
     Attributes:
         tokens_BT: tokens.
-        labels_BT: the token that follows each of them.
+        labels_BT: the token that follows each of them, IGNORE where none does.
         answers_BT: True where that token is the assistant's, by the markup of chats.
         documents_BT: number of the document that each token belongs to, counted in its window; all 0 when documents
             are not to be kept apart.
@@ -90,6 +93,103 @@ def tokenize(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
     return np.memmap(path, dtype=kind, mode="r")
 
 
+def document_spans(tokens: np.ndarray, tokenizer: Tokenizer, longest: int) -> list[tuple[int, int]]:
+    """First token and end of every document, its blank line included; longer ones come in pieces of ``longest``."""
+    line_end = tokenizer.encode("\n")[-1]
+    ends = np.flatnonzero((tokens[1:] == line_end) & (tokens[:-1] == line_end)) + 2
+    edges = np.unique(np.concatenate([[0], ends, [len(tokens)]])).tolist()
+    spans = [
+        (start, min(start + longest, end))
+        for first, end in itertools.pairwise(edges)
+        for start in range(first, end, longest)
+    ]
+    return [(start, end) for start, end in spans if end - start > 1]
+
+
+def fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of things of ``sizes``, grouped so that no group is larger than ``room`` and few are needed.
+
+    Largest first, each into the fullest group that has room for it ("best-fit decreasing"; for texts: Ding et al.,
+    2024, "Fewer truncations improve language modeling").
+    """
+    groups: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # groups that have so much room left
+    rooms: list[int] = []  # the keys, sorted
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        at = bisect.bisect_left(rooms, sizes[index])
+        if at == len(rooms):
+            groups.append([])
+            left, group = room, len(groups) - 1
+        else:
+            left = rooms[at]
+            group = by_room[left].pop()
+            if not by_room[left]:
+                del by_room[left], rooms[at]
+        groups[group].append(index)
+        left -= sizes[index]
+        if left not in by_room:
+            by_room[left] = []
+            bisect.insort(rooms, left)
+        by_room[left].append(group)
+    return groups
+
+
+def is_answer(tokens_BT: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """True [B, T] where the last mark of a turn so far is the assistant's."""
+    turns = [tokenizer.special[token] for token in (USER, ASSISTANT, SYSTEM, END)]
+    places_BT = np.where(np.isin(tokens_BT, turns), np.arange(tokens_BT.shape[1]), -1)
+    last_BT = np.maximum.accumulate(places_BT, axis=1)
+    mark_BT = np.take_along_axis(tokens_BT, np.maximum(last_BT, 0), axis=1)
+    return (last_BT >= 0) & (mark_BT == tokenizer.special[ASSISTANT])
+
+
+def _text_batch(tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray, tokenizer: Tokenizer) -> TextBatch:
+    answers = is_answer(tokens, tokenizer) & (labels != IGNORE)
+    counts = {"tokens": int((labels != IGNORE).sum()), "answers": int(answers.sum())}
+    parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens, labels, answers, documents))
+    return TextBatch(counts, *parts)
+
+
+class PackedDocuments:
+    """Windows of ``ctx_len`` tokens that hold whole documents, which do not see each other.
+
+    Cut documents would ask about what stands before the cut, and teach a model to guess.
+
+    Args:
+        tokens: all of the text; blank lines separate documents.
+        ctx_len: tokens a window; documents that are longer are cut.
+        tokenizer: the one they were made with.
+    """
+
+    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer) -> None:
+        self.tokens, self.ctx_len, self.tokenizer = tokens, ctx_len, tokenizer
+        self.spans = document_spans(tokens, tokenizer, ctx_len)
+        self.windows = fit([end - start for start, end in self.spans], ctx_len)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> list[np.ndarray]:
+        """The documents of window ``index``, in random order in training."""
+        members = self.windows[index] if rng is None else rng.permutation(self.windows[index]).tolist()
+        return [np.asarray(self.tokens[slice(*self.spans[member])], dtype=np.int64) for member in members]
+
+    def collate(self, samples: list[Any]) -> TextBatch:
+        """Put the documents of each window one after the other; what is left is a document without labels."""
+        shape = len(samples), self.ctx_len
+        tokens, labels = np.full(shape, self.tokenizer.pad_id), np.full(shape, IGNORE)
+        documents = np.zeros(shape, dtype=np.int64)
+        for row, window in enumerate(samples):
+            at = 0
+            for number, document in enumerate(window):
+                end = at + len(document)
+                tokens[row, at:end], documents[row, at:end] = document, number
+                at = end
+            labels[row, : at - 1] = tokens[row, 1:at]
+            documents[row, at:] = len(window)
+        return _text_batch(tokens, labels, documents, self.tokenizer)
+
+
 class PackedText:
     """Windows of ``ctx_len`` tokens; in training each epoch cuts them at another offset.
 
@@ -100,13 +200,13 @@ class PackedText:
         separate_documents: blank lines separate documents, which shall not see each other.
     """
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, separate_documents: bool) -> None:
+    def __init__(
+        self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, separate_documents: bool = False
+    ) -> None:
         if len(tokens) < ctx_len + 2:
             raise UserError(f"the text has {len(tokens)} tokens, expected at least ctx_len + 2 = {ctx_len + 2}")
         self.tokens, self.ctx_len, self.separate_documents = tokens, ctx_len, separate_documents
-        self._line_end = tokenizer.encode("\n")[-1]
-        self._assistant = tokenizer.special[ASSISTANT]
-        self._turns = [tokenizer.special[token] for token in (USER, ASSISTANT, SYSTEM, END)]
+        self.tokenizer, self._line_end = tokenizer, tokenizer.encode("\n")[-1]
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.ctx_len
@@ -120,18 +220,8 @@ class PackedText:
     def collate(self, samples: list[Any]) -> TextBatch:
         """Stack windows."""
         windows = np.stack(samples)
-        tokens_BT, labels_BT = windows[:, :-1], windows[:, 1:]
-        answers_BT = self._answers(tokens_BT)
-        counts = {"tokens": labels_BT.size, "answers": int(answers_BT.sum())}
-        parts = tokens_BT, labels_BT, answers_BT, self._documents(tokens_BT)
-        return TextBatch(counts, *(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
-
-    def _answers(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """True where the last mark of a turn so far is the assistant's."""
-        places_BT = np.where(np.isin(tokens_BT, self._turns), np.arange(tokens_BT.shape[1]), -1)
-        last_BT = np.maximum.accumulate(places_BT, axis=1)
-        mark_BT = np.take_along_axis(tokens_BT, np.maximum(last_BT, 0), axis=1)
-        return (last_BT >= 0) & (mark_BT == self._assistant)
+        tokens_BT = windows[:, :-1]
+        return _text_batch(tokens_BT, windows[:, 1:], self._documents(tokens_BT), self.tokenizer)
 
     def _documents(self, tokens_BT: np.ndarray) -> np.ndarray:
         """How many blank lines ended before each token."""

@@ -7,6 +7,7 @@ a Thinker's weights load into the stock Hugging Face class.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,32 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)  # type: ignore[arg-type]
 
 
+class _CPUNorm(torch.autograd.Function):
+    """RMSNorm in fp32, its backward written by hand: the CPU has no kernel of its own, F.rms_norm takes 14 passes.
+
+    Forward and backward in bf16, 24 x 56 x 192 on two cores: 0.8 ms instead of 1.2; 16 x 256 x 4 x 32: 3.1 and 4.6.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        return (wide * scale).mul_(weight_D).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight_D, scale = ctx.saved_tensors
+        wide_ND, grad_ND = (part.float().reshape(-1, x.shape[-1]) for part in (x, grads[0]))
+        scale_N1 = scale.reshape(-1, 1)
+        products_ND = grad_ND * wide_ND
+        grad_weight_D = (scale_N1.T @ products_ND)[0]
+        along_N1 = (products_ND @ weight_D[:, None]).mul_(scale_N1.pow(3)).div_(x.shape[-1])
+        grad_x = (grad_ND * weight_D).mul_(scale_N1).addcmul_(wide_ND, along_N1, value=-1)
+        return grad_x.view(x.shape).to(x.dtype), grad_weight_D, None
+
+
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (Zhang and Sennrich, 2019)."""
 
@@ -45,6 +72,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
+        if x.device.type == "cpu":
+            normed: torch.Tensor = _CPUNorm.apply(x, self.weight, self.eps)
+            return normed
         # under autocast an fp32 weight beside a bf16 input leaves the fused path
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -57,18 +87,18 @@ class RotaryPositions(nn.Module):
         self.head_dim, self.theta = head_dim, theta
 
     def forward(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each [B or 1, 1, T, head_dim], of integer positions [B or 1, T]."""
+        """Cosine and sine, each [B or 1, T, 1, head_dim], of integer positions [B or 1, T]."""
         exponents = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=torch.float32) / self.head_dim
-        angles = positions_BT[:, None, :, None].float() * self.theta**-exponents
+        angles = positions_BT[:, :, None, None].float() * self.theta**-exponents
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
 
-def rotate(x_BHTd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary positions to queries or keys."""
-    first, second = x_BHTd.chunk(2, dim=-1)
+    first, second = x_BTHd.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x_BHTd * cos.to(x_BHTd.dtype) + turned * sin.to(x_BHTd.dtype)
+    return x_BTHd * cos.to(x_BTHd.dtype) + turned * sin.to(x_BTHd.dtype)
 
 
 class KVCache:
@@ -145,11 +175,12 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend; see :class:`Block` for the arguments."""
         B, T, _ = x_BTD.shape
-        q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.num_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim))
         v = self.v_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attend(q, k, v.to(q.dtype), mask, causal=self.causal and mask is None and T > 1)

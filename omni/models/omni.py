@@ -56,30 +56,30 @@ class OmniModel(nn.Module):
         return -(-num_states // self.config.audio_projector.stack)
 
     def project_images(self, patches_NPD: torch.Tensor) -> torch.Tensor:
-        """Patch tokens to embeddings [N, image_positions, D], in fp32: their scale matters to the Thinker."""
-        with torch.autocast(patches_NPD.device.type, enabled=False):
-            return self.image_projector(stack_patches(patches_NPD.float(), self.config.image_projector.stack))
+        """Patch tokens to embeddings [N, image_positions, D]."""
+        return self.image_projector(stack_patches(patches_NPD, self.config.image_projector.stack))
 
     def project_audio(self, states_NTD: torch.Tensor) -> torch.Tensor:
-        """Audio states to embeddings [N, ceil(T / stack), D], in fp32."""
-        with torch.autocast(states_NTD.device.type, enabled=False):
-            return self.audio_projector(stack_states(states_NTD.float(), self.config.audio_projector.stack))
+        """Audio states to embeddings [N, ceil(T / stack), D]; of no recordings, none."""
+        if not len(states_NTD):
+            return states_NTD.new_zeros(0, 0, self.config.thinker.dim)
+        return self.audio_projector(stack_states(states_NTD, self.config.audio_projector.stack))
 
     def transcript_loss_sum(
-        self, states_NTD: torch.Tensor, positions_N: torch.Tensor, tokens_NS: torch.Tensor, num_tokens_N: torch.Tensor
+        self, heard_NSD: torch.Tensor, positions_N: torch.Tensor, tokens_NS: torch.Tensor, num_tokens_N: torch.Tensor
     ) -> torch.Tensor:
         """CTC loss of the recordings' transcripts, summed over the recordings that have one.
 
         Args:
-            states_NTD: features of all recordings, padded.
+            heard_NSD: projected states of all recordings, padded.
             positions_N: positions that each recording takes.
             tokens_NS: transcripts, padded.
             num_tokens_N: tokens of each; 0 where there is no transcript, or none that fits into the positions.
         """
         known_N = num_tokens_N > 0
         if not bool(known_N.any()):
-            return states_NTD.new_zeros(())
-        log_probs_NSV = self.transcript_head(self.project_audio(states_NTD[known_N]), self.thinker.embed_tokens.weight)
+            return heard_NSD.new_zeros(())
+        log_probs_NSV = self.transcript_head(heard_NSD[known_N], self.thinker.embed_tokens.weight)
         return F.ctc_loss(
             log_probs_NSV.transpose(0, 1),
             tokens_NS[known_N] + 1,
@@ -92,7 +92,7 @@ class OmniModel(nn.Module):
         self,
         tokens_BT: torch.Tensor,
         patches_NPD: torch.Tensor,
-        states_NTD: torch.Tensor,
+        heard_NSD: torch.Tensor,
         positions_N: torch.Tensor,
     ) -> torch.Tensor:
         """Embeddings [B, T, D] of a batch of prompts.
@@ -100,16 +100,15 @@ class OmniModel(nn.Module):
         Args:
             tokens_BT: tokens with ``image_positions`` placeholders a picture and ``positions_N`` a recording.
             patches_NPD: features of all pictures, in the order of their placeholders, row by row.
-            states_NTD: features of all recordings, likewise, padded.
+            heard_NSD: projected states of all recordings, likewise, padded; from :meth:`project_audio`.
             positions_N: positions that each recording takes; what is beyond was cut.
         """
         x = self.thinker.embed(tokens_BT)
-        if patches_NPD.shape[0]:
+        if len(patches_NPD):
             x = replace_at(x, tokens_BT == self.image_id, self.project_images(patches_NPD).flatten(0, 1))
-        if states_NTD.shape[0]:
-            projected = self.project_audio(states_NTD)
-            kept = torch.arange(projected.shape[1], device=x.device)[None, :] < positions_N[:, None]
-            x = replace_at(x, tokens_BT == self.audio_id, projected[kept])
+        if len(heard_NSD):
+            kept = torch.arange(heard_NSD.shape[1], device=x.device)[None, :] < positions_N[:, None]
+            x = replace_at(x, tokens_BT == self.audio_id, heard_NSD[kept])
         return x
 
 
