@@ -130,9 +130,12 @@ class ChatPhases:
         found, data = self.chats(self.config.data.train), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.paths("image") or chat.paths("audio")]
+        self.encoder.cuts = self.encoder.unfit = 0
         encoded = [self.encoder.example(chat.messages, chat.transcript) for chat in found]
         if self.encoder.cuts:
             log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
+        if self.encoder.unfit:
+            log.info("%d transcripts have more tokens than their recordings have positions: unused", self.encoder.unfit)
         replay = replay_documents(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
         tasks = [chat.task for chat in found]
         weights = {task: weight for task, weight in data.task_weights.items() if thinker or task in tasks}

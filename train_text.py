@@ -20,7 +20,7 @@ import torch
 from omni.config import PhaseConfig, StageConfig, to_dict
 from omni.data.manifest import hash_files
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.text import PackedDocuments, PackedText, TextBatch, learn_tokenizer, read_text, split_text, tokenize
+from omni.data.text import TextBatch, learn_tokenizer, packed, read_text, split_text, tokenize
 from omni.evaluate.thinker import TextLikelihood
 from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -70,16 +70,16 @@ def build(config: TextConfig, precision: Precision) -> Run:
     def train() -> Stage:
         tokens, val_tokens = (tokenize(part, tokenizer, config.save_dir / "cache") for part in (train_text, val_text))
         separate, ctx_len = config.data.separate_documents, model_config.ctx_len
-        packed = (PackedDocuments if separate else PackedText)(tokens, ctx_len, tokenizer)
-        packed_val = PackedText(val_tokens, ctx_len, tokenizer, separate)
+        windows = packed(tokens, ctx_len, tokenizer, separate)
+        val_windows = packed(val_tokens, ctx_len, tokenizer, separate, in_order=True)
 
         def evaluate(model: Thinker) -> dict[str, float]:
             likelihood = TextLikelihood(model, tokenizer)
-            for batch in ordered_batches(packed_val, config.train.batch_size, config.run.val_batches):
+            for batch in ordered_batches(val_windows, config.train.batch_size, config.run.val_batches):
                 likelihood.add(batch.to(precision.device))
             return likelihood.figures()
 
-        stream = BatchStream(packed, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        stream = BatchStream(windows, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
         weights = {"tokens": 1.0, "answers": config.answer_weight}
         return Stage([thinker], stream, loss, evaluate, config.train, weights, unit="tokens")
 

@@ -16,18 +16,18 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from omni import checkpoint
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, differences, read_command_line, to_dict
 from omni.console import log, user_errors
-from omni.optim import Optimizers, build_optimizer, lr_ratio, trainable_parameters
+from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
+from omni.optim import build_optimizer, get_lr_scheduler, restore_optimizer, trainable_parameters
 from omni.runtime import (
     Precision,
     isolated_randomness,
@@ -37,116 +37,18 @@ from omni.runtime import (
     setup_compute,
 )
 from omni.tracking import MetricsLog, Progress, TensorBoard, format_figures
+from omni.training_types import BatchLike, Run, Stage
 
-
-class BatchLike(Protocol):
-    """What the loop needs of a batch."""
-
-    counts: dict[str, int]
-
-    def to(self, device: torch.device) -> Any:
-        """The batch on ``device``."""
-
-
-class StreamLike(Protocol):
-    """What the loop needs of a stream of batches."""
-
-    rows: list[int]
-    epoch: int
-
-    def __next__(self) -> BatchLike: ...
-
-    def state_dict(self) -> dict[str, int]:
-        """The position after the batches used so far."""
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position."""
-
-
-LossFunction = Callable[[Any, Any], dict[str, torch.Tensor]]  # (model, batch) -> sums
-Evaluation = Callable[[Any], dict[str, float]]  # model -> figures
-
-
-@dataclass
-class Stage:
-    """One phase of a run: what differs from phase to phase, and nothing else.
-
-    Attributes:
-        trains: the modules that are trained; every other part of the model is frozen and in evaluation mode.
-        stream: endless training batches.
-        compute_loss: model and batch to one *sum* for each loss term; its target counts are ``batch.counts``.
-        evaluate: held-out figures, computed under ``no_grad`` in evaluation mode; its random numbers are its own.
-        config: length, batch size and learning rate.
-        weights: factor of each loss term.
-        unit: what throughput counts; a key of ``batch.counts``.
-        after_update: called after every accepted update, for state that is not trained by gradient.
-        after_skip: called when a batch was skipped, so that such state forgets it.
-    """
-
-    trains: list[nn.Module]
-    stream: StreamLike
-    compute_loss: LossFunction
-    evaluate: Evaluation
-    config: PhaseConfig
-    weights: dict[str, float]
-    unit: str
-    after_update: Callable[[], None] | None = None
-    after_skip: Callable[[], None] | None = None
-
-
-@dataclass
-class Run:
-    """Everything that a stage script hands to the loop.
-
-    Attributes:
-        kind: name of the final checkpoint without ``.pt``, for example ``thinker``.
-        model: all modules of the stage; its whole state dict goes into every checkpoint.
-        phases: names and builders, in order. A builder is called when its phase begins, after the earlier ones ended.
-        model_config: what is needed to build the model again from the checkpoint alone.
-        assets: files by name, such as ``tokenizer.model``; they stand in ``save_dir`` and in every checkpoint.
-        lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
-    """
-
-    kind: str
-    model: nn.Module
-    phases: list[tuple[str, Callable[[], Stage]]]
-    model_config: dict[str, Any]
-    assets: dict[str, bytes] = field(default_factory=dict)
-    lineage: dict[str, Any] = field(default_factory=dict)
-
-
-def get_lr_scheduler(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.1
-) -> Callable[[int], float]:
-    """A function that sets the optimizer's learning rate for an update and returns it: warm-up, then cosine."""
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
-
-    def set_lr(step: int) -> float:
-        ratio = lr_ratio(step, warmup_steps, max_steps, min_lr_ratio)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * ratio
-        return peaks[0] * ratio
-
-    return set_lr
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
-    """Scale the gradients down to a total norm of at most ``max_grad_norm``; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), max_grad_norm))
-
-
-def check_gradient_explosion(norm: float, max_grad_explosion: float) -> str | None:
-    """What is wrong with a gradient norm (not finite, or above ``max_grad_explosion``), or None."""
-    if not norm < float("inf"):
-        return f"gradient norm {norm}"
-    return f"gradient norm {norm:.4g} above {max_grad_explosion:g}" if norm > max_grad_explosion else None
-
-
-def validate_loss(loss: float, min_loss: float, max_loss: float) -> str | None:
-    """What is wrong with a loss (not finite, or outside its bounds), or None."""
-    if not min_loss <= loss <= max_loss:  # false for NaN too
-        return f"loss {loss:.4g} outside {min_loss:g} to {max_loss:g}"
-    return None
+__all__ = [
+    "Loop",
+    "Run",
+    "Stage",
+    "check_gradient_explosion",
+    "clip_gradients",
+    "get_lr_scheduler",
+    "run_stage",
+    "validate_loss",
+]
 
 
 @dataclass
@@ -271,12 +173,7 @@ class Loop:
             self.optimizer, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
         )
         if self._training is not None:
-            if isinstance(self.optimizer, Optimizers) != ("parts" in self._training["optimizer"]):
-                raise UserError(
-                    f"{name}.optimizer: found {stage.config.optimizer}, but {self.save_dir} was trained with the other "
-                    "one; give that, or use --fresh to start over"
-                )
-            self.optimizer.load_state_dict(self._training["optimizer"])
+            restore_optimizer(self.optimizer, self._training["optimizer"], f"{name}.optimizer")
             self.scaler.load_state_dict(self._training["scaler"])
             stage.stream.load_state_dict(self._training["stream"])
             restore_random_state(self._training["random"])

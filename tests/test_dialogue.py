@@ -1,5 +1,6 @@
 """Chats to tokens: labels where the assistant speaks and nowhere else, placeholders, cuts, clear errors."""
 
+import itertools
 import json
 
 import pytest
@@ -60,6 +61,16 @@ def test_audio_takes_at_most_a_quarter_of_the_context(tokenizer):
     encoded = long.example(chat(("user", [{"type": "audio", "audio": "a.wav"}]), ("assistant", "yes")))
     assert encoded.tokens.count(tokenizer.special[AUDIO]) == 16 == encoded.audio_positions[0]
     assert long.cuts == 1
+
+
+def test_a_transcript_must_fit_into_the_positions_of_its_recording(tokenizer):
+    heard = chat(("user", [{"type": "audio", "audio": "a.wav"}]), ("assistant", "yes"))
+    spoken = tokenizer.encode(" yes yes")
+    enough = len(spoken) + sum(a == b for a, b in itertools.pairwise(spoken))  # a blank parts equal tokens
+    for positions, transcript, unfit in ((enough, spoken, 0), (enough - 1, [], 1)):
+        short = encoder(tokenizer, audio=lambda path, positions=positions: positions)
+        assert short.example(heard, "yes yes").transcript == transcript
+        assert short.unfit == unfit
 
 
 def test_a_long_chat_is_cut_and_counted(tokenizer):

@@ -365,7 +365,9 @@ def test_arithmetic_is_right_and_tests_hold_out_their_operands(plan: Plan) -> No
     texts = [text for documents in plan.texts.values() for text in documents]
     found = 0
     for text in texts:
-        pattern = r"(\w+) (plus|minus) (\w+)(?: is| makes| leaves|\?<\|end\|><\|assistant\|>) ?(\w+)"
+        pattern = (
+            r"(?<!plus )(?<!minus )\b(\w+) (plus|minus) (\w+)(?: is| makes| leaves|\?<\|end\|><\|assistant\|>) ?(\w+)"
+        )
         for a, sign, b, y in re.findall(pattern, text):
             first, second, result = (int(x) if x.isdigit() else COUNTED.index(x) for x in (a, b, y))
             assert not plan.world.operands_held_out(first, second)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni.data.text import PackedDocuments, PackedText, TextBatch, fit
+from omni.data.text import PackedDocuments, TextBatch, fit, fit_in_order, packed
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.tokenizer import IGNORE, Tokenizer
 
@@ -20,8 +20,8 @@ def tokenizer() -> Tokenizer:
 
 def batch(text: str, tokenizer: Tokenizer, separate: bool) -> TextBatch:
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
-    packed = PackedText(tokens, len(tokens) - 2, tokenizer, separate)
-    return packed.collate([packed.sample(0, None)])
+    windows = packed(tokens, len(tokens) - 2, tokenizer, separate, in_order=True)
+    return windows.collate([windows.sample(0, None)])
 
 
 def test_answers_are_what_the_assistant_says_with_its_end(tokenizer: Tokenizer) -> None:
@@ -58,10 +58,10 @@ def test_packing_cuts_no_document_and_loses_no_token(tokenizer: Tokenizer) -> No
     ]
     text = "\n\n".join([*texts, CHAT])
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
-    packed = PackedDocuments(tokens, 40, tokenizer)
-    found = packed.collate([packed.sample(index, np.random.default_rng(index)) for index in range(len(packed))])
+    windows = PackedDocuments(tokens, 40, tokenizer)
+    found = windows.collate([windows.sample(index, np.random.default_rng(index)) for index in range(len(windows))])
     said = []
-    for row in range(len(packed)):
+    for row in range(len(windows)):
         for number in range(int(found.documents_BT[row].max()) + 1):
             part = found.documents_BT[row] == number
             if bool((found.labels_BT[row, part] != IGNORE).any()):
@@ -69,15 +69,15 @@ def test_packing_cuts_no_document_and_loses_no_token(tokenizer: Tokenizer) -> No
                 assert torch.equal(inputs[1:], labels[:-1])
                 said.append(tokenizer.decode(inputs.tolist()).strip())
     assert sorted(said) == sorted([*texts, CHAT])
-    assert found.counts["tokens"] == int((found.labels_BT != IGNORE).sum()) == len(tokens) - len(packed)
+    assert found.counts["tokens"] == int((found.labels_BT != IGNORE).sum()) == len(tokens) - len(windows)
     assert tokenizer.decode(found.labels_BT[found.answers_BT].tolist()) == " two<|end|> four<|end|>"
-    assert len(packed) * 40 < 1.15 * len(tokens)
+    assert len(windows) * 40 < 1.15 * len(tokens)
 
 
 def test_a_document_longer_than_a_window_comes_in_pieces(tokenizer: Tokenizer) -> None:
     tokens = np.array(tokenizer.encode("one two three four five six seven eight nine ten " * 9))
-    packed = PackedDocuments(tokens, 16, tokenizer)
-    pieces = [piece for index in range(len(packed)) for piece in packed.sample(index, None)]
+    windows = PackedDocuments(tokens, 16, tokenizer)
+    pieces = [piece for index in range(len(windows)) for piece in windows.sample(index, None)]
     assert max(map(len, pieces)) == 16 and sum(map(len, pieces)) in (len(tokens), len(tokens) - 1)
 
 
@@ -87,3 +87,4 @@ def test_fit_fills_groups() -> None:
     assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     assert all(sum(sizes[index] for index in group) <= 10 for group in groups)
     assert len(groups) == 5  # their sum is 50
+    assert fit_in_order(sizes, 10) == [[0, 1], [2, 3], [4, 5], [6], [7, 8, 9]]

@@ -146,7 +146,7 @@ class Encoded:
     images: list[str] = field(default_factory=list)
     audios: list[str] = field(default_factory=list)
     audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
-    transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known
+    transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known and fits there
     replay: bool = False  # plain text, in which every token is a label
 
 
@@ -166,6 +166,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.image_positions, self.audio_positions, self.ctx_len = image_positions, audio_positions, ctx_len
         self.cuts = 0  # chats of which something was cut
+        self.unfit = 0  # transcripts with more tokens than CTC can write into the positions of their recording
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
         """Everything up to where the assistant's next answer begins."""
@@ -180,7 +181,11 @@ class ChatEncoder:
         """A whole chat for training, cut at the end where it is too long; ``transcript`` is of its only recording."""
         encoded = self._encode(messages)
         if transcript and len(encoded.audios) == 1:
-            encoded.transcript = self.tokenizer.encode(turn_text(transcript))
+            spoken = self.tokenizer.encode(turn_text(transcript))
+            if needed_steps(spoken) <= encoded.audio_positions[0]:
+                encoded.transcript = spoken
+            else:
+                self.unfit += 1
         if len(encoded.tokens) > self.ctx_len + 1:
             self.cuts += 1
             media = {self.tokenizer.special[token] for token in _MEDIA.values()}
@@ -270,7 +275,7 @@ def collate_chats(
         tokens[row, where] = torch.tensor(chat.tokens)
         labels[row, where] = torch.tensor(chat.labels)
         valid[row, where] = True
-    transcripts = [_fitting(chat) for chat in chats for _ in chat.audios]
+    transcripts = [chat.transcript for chat in chats for _ in chat.audios]
     transcripts_NS = torch.zeros(len(transcripts), max(map(len, transcripts), default=0), dtype=torch.long)
     for row, spoken in enumerate(transcripts):
         transcripts_NS[row, : len(spoken)] = torch.tensor(spoken, dtype=torch.long)
@@ -302,11 +307,6 @@ def collate_chats(
         transcripts_NS,
         torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
     )
-
-
-def _fitting(chat: Encoded) -> list[int]:
-    """A chat's transcript, if CTC can write it into the positions of its recording."""
-    return chat.transcript if needed_steps(chat.transcript) <= sum(chat.audio_positions) else []
 
 
 class ChatSamples:

@@ -39,6 +39,7 @@ from omni.data.questions import (
     IN_CONTEXT,
     Question,
     arithmetic_statement,
+    chain,
     closed_facts,
     operands,
     person_questions,
@@ -144,6 +145,14 @@ def fact_statement(world: World, rng: random.Random, split: str) -> str:
     return fix_articles(rng.choice(STATEMENTS[kind]).format(x=x, y=y))
 
 
+def _sum(world: World, rng: random.Random) -> str:
+    """State a sum or a difference, more often of three numbers."""
+    if rng.random() < 0.4:
+        return arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train")
+    asked, y = chain(world, rng)
+    return f"{asked} {rng.choice(('is', 'makes'))} {y}."
+
+
 def _digits(world: World, rng: random.Random) -> tuple[str, str]:
     """Ask for a sum or a difference in digits."""
     kind = rng.choice(ARITHMETIC)
@@ -153,10 +162,11 @@ def _digits(world: World, rng: random.Random) -> tuple[str, str]:
 
 def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
-    kind = rng.choices(
-        ("scene", "captions", "story", "story_qa", "people", "numbers", "sums", "facts", "closed", "talk", "echo"),
-        (30, 4, 10, 5, 20, 9, 6, 3, 7, 5, 16),
-    )[0]
+    shares = {
+        "scene": 30, "captions": 4, "story": 10, "story_qa": 5, "people": 20, "numbers": 9, "sums": 6, "facts": 3,
+        "closed": 7, "talk": 5, "echo": 16,
+    }  # fmt: skip
+    kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "scene":
         return _scene_document(world, rng, split)
     if kind == "captions":
@@ -177,7 +187,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
     if kind == "talk":
         return chat_document(talk(world, rng, "greeting") + talk(world, rng, "small_talk"))
     if kind == "sums":
-        return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
+        return " ".join(_sum(world, rng) for _ in range(20))
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
     return chat_document(list(_short_questions(world, rng, kind)))
@@ -226,8 +236,12 @@ def _short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tu
     """Yield turns about numbers or closed facts."""
     for _ in range(rng.randint(5, 8)):
         if kind == "numbers":
-            if rng.random() < 0.25:
-                yield _digits(world, rng)
+            if rng.random() < 0.4:
+                if rng.random() < 0.5:
+                    yield _digits(world, rng)
+                else:
+                    asked, y = chain(world, rng)
+                    yield f"what is {asked}?", y
                 continue
             question = word_question(world, rng, rng.choice(ARITHMETIC), "train")
         elif rng.random() < 0.35:

@@ -134,6 +134,19 @@ def fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return groups
 
 
+def fit_in_order(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """As :func:`fit`, but the groups follow one another as the things do."""
+    groups: list[list[int]] = []
+    left = 0
+    for index, size in enumerate(sizes):
+        if size > left:
+            groups.append([])
+            left = room
+        groups[-1].append(index)
+        left -= size
+    return groups
+
+
 def is_answer(tokens_BT: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """True [B, T] where the last mark of a turn so far is the assistant's."""
     turns = [tokenizer.special[token] for token in (USER, ASSISTANT, SYSTEM, END)]
@@ -159,12 +172,14 @@ class PackedDocuments:
         tokens: all of the text; blank lines separate documents.
         ctx_len: tokens a window; documents that are longer are cut.
         tokenizer: the one they were made with.
+        in_order: keep the order of the text, at the price of some more windows; for evaluation.
     """
 
-    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, in_order: bool = False) -> None:
         self.tokens, self.ctx_len, self.tokenizer = tokens, ctx_len, tokenizer
         self.spans = document_spans(tokens, tokenizer, ctx_len)
-        self.windows = fit([end - start for start, end in self.spans], ctx_len)
+        sizes = [end - start for start, end in self.spans]
+        self.windows = fit_in_order(sizes, ctx_len) if in_order else fit(sizes, ctx_len)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -191,22 +206,18 @@ class PackedDocuments:
 
 
 class PackedText:
-    """Windows of ``ctx_len`` tokens; in training each epoch cuts them at another offset.
+    """Windows of ``ctx_len`` tokens of a text that is one; in training each epoch cuts them at another offset.
 
     Args:
         tokens: all of the text.
         ctx_len: tokens a window.
         tokenizer: the one they were made with; it knows the markup of chats.
-        separate_documents: blank lines separate documents, which shall not see each other.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, separate_documents: bool = False
-    ) -> None:
+    def __init__(self, tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer) -> None:
         if len(tokens) < ctx_len + 2:
             raise UserError(f"the text has {len(tokens)} tokens, expected at least ctx_len + 2 = {ctx_len + 2}")
-        self.tokens, self.ctx_len, self.separate_documents = tokens, ctx_len, separate_documents
-        self.tokenizer, self._line_end = tokenizer, tokenizer.encode("\n")[-1]
+        self.tokens, self.ctx_len, self.tokenizer = tokens, ctx_len, tokenizer
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.ctx_len
@@ -221,12 +232,13 @@ class PackedText:
         """Stack windows."""
         windows = np.stack(samples)
         tokens_BT = windows[:, :-1]
-        return _text_batch(tokens_BT, windows[:, 1:], self._documents(tokens_BT), self.tokenizer)
+        return _text_batch(tokens_BT, windows[:, 1:], np.zeros_like(tokens_BT), self.tokenizer)
 
-    def _documents(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """How many blank lines ended before each token."""
-        documents_BT = np.zeros_like(tokens_BT)
-        if self.separate_documents:
-            ends_BT = tokens_BT == self._line_end
-            documents_BT[:, 2:] = np.cumsum(ends_BT[:, :-2] & ends_BT[:, 1:-1], axis=1)
-        return documents_BT
+
+def packed(
+    tokens: np.ndarray, ctx_len: int, tokenizer: Tokenizer, separate_documents: bool, in_order: bool = False
+) -> PackedText | PackedDocuments:
+    """The windows of a text, of whole documents if these are to be kept apart."""
+    if separate_documents:
+        return PackedDocuments(tokens, ctx_len, tokenizer, in_order)
+    return PackedText(tokens, ctx_len, tokenizer)

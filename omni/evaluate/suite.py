@@ -135,15 +135,18 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
     import numpy as np
 
     from omni.data.stream import ordered_batches
-    from omni.data.text import PackedText, read_text
+    from omni.data.text import packed, read_text
     from omni.evaluate.thinker import TextLikelihood
 
     text = read_text(case.test_set("thinker", case.own.text, "--text"))
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
     likelihood = TextLikelihood(thinker, tokenizer)
     separate = case.data("thinker")["separate_documents"]
-    for batch in ordered_batches(PackedText(tokens, thinker.config.ctx_len, tokenizer, separate), 16):
+    windows = packed(tokens, thinker.config.ctx_len, tokenizer, separate, in_order=True)
+    for batch in ordered_batches(windows, 16):
         likelihood.add(batch)
+    if separate:  # all but the first token of each window
+        return likelihood, text
     first = tokenizer.num_bytes(int(tokens[0]))  # is context and not predicted, as are the tokens of no whole window
     predicted = text.encode()[first : first + int(sum(likelihood.bytes))]
     return likelihood, predicted.decode(errors="ignore")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from omni.data.text import TextBatch
 from omni.metrics import Figure, ratio
 from omni.models.thinker import Thinker
-from omni.tokenizer import Tokenizer
+from omni.tokenizer import IGNORE, Tokenizer
 
 
 class TextLikelihood:
@@ -35,10 +35,12 @@ class TextLikelihood:
         """Predict one batch of windows."""
         states = self.thinker(self.thinker.embed(batch.tokens_BT), mask=batch.mask()).final_BTD
         logits = self.thinker.logits(states).float()
-        nats_BT = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none")
+        nats_BT = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none", ignore_index=IGNORE)
         self.nats += nats_BT.sum(1).tolist()
-        self.bytes += [float(self.bytes_per_token[row].sum()) for row in batch.labels_BT.cpu().numpy()]
-        self.tokens += [batch.labels_BT.shape[1]] * len(batch.labels_BT)
+        for row in batch.labels_BT.cpu().numpy():
+            predicted = row[row != IGNORE]
+            self.bytes.append(float(self.bytes_per_token[predicted].sum()))
+            self.tokens.append(len(predicted))
         right_BT = (logits.argmax(-1) == batch.labels_BT) & batch.answers_BT
         self.right_answers += right_BT.sum(1).tolist()
         self.answers += batch.answers_BT.sum(1).tolist()

@@ -1,0 +1,88 @@
+"""What a stage script hands to the training loop: a :class:`Run` with its phases, each a :class:`Stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from omni.config import PhaseConfig
+
+
+class BatchLike(Protocol):
+    """What the loop needs of a batch."""
+
+    counts: dict[str, int]
+
+    def to(self, device: torch.device) -> Any:
+        """The batch on ``device``."""
+
+
+class StreamLike(Protocol):
+    """What the loop needs of a stream of batches."""
+
+    rows: list[int]
+    epoch: int
+
+    def __next__(self) -> BatchLike: ...
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the batches used so far."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a position."""
+
+
+LossFunction = Callable[[Any, Any], dict[str, torch.Tensor]]  # (model, batch) -> sums
+Evaluation = Callable[[Any], dict[str, float]]  # model -> figures
+
+
+@dataclass
+class Stage:
+    """One phase of a run: what differs from phase to phase, and nothing else.
+
+    Attributes:
+        trains: the modules that are trained; every other part of the model is frozen and in evaluation mode.
+        stream: endless training batches.
+        compute_loss: model and batch to one *sum* for each loss term; its target counts are ``batch.counts``.
+        evaluate: held-out figures, computed under ``no_grad`` in evaluation mode; its random numbers are its own.
+        config: length, batch size and learning rate.
+        weights: factor of each loss term.
+        unit: what throughput counts; a key of ``batch.counts``.
+        after_update: called after every accepted update, for state that is not trained by gradient.
+        after_skip: called when a batch was skipped, so that such state forgets it.
+    """
+
+    trains: list[nn.Module]
+    stream: StreamLike
+    compute_loss: LossFunction
+    evaluate: Evaluation
+    config: PhaseConfig
+    weights: dict[str, float]
+    unit: str
+    after_update: Callable[[], None] | None = None
+    after_skip: Callable[[], None] | None = None
+
+
+@dataclass
+class Run:
+    """Everything that a stage script hands to the loop.
+
+    Attributes:
+        kind: name of the final checkpoint without ``.pt``, for example ``thinker``.
+        model: all modules of the stage; its whole state dict goes into every checkpoint.
+        phases: names and builders, in order. A builder is called when its phase begins, after the earlier ones ended.
+        model_config: what is needed to build the model again from the checkpoint alone.
+        assets: files by name, such as ``tokenizer.model``; they stand in ``save_dir`` and in every checkpoint.
+        lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
+    """
+
+    kind: str
+    model: nn.Module
+    phases: list[tuple[str, Callable[[], Stage]]]
+    model_config: dict[str, Any]
+    assets: dict[str, bytes] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
