@@ -18,11 +18,11 @@ Line = dict[str, Any]
 
 # Shares of the question kinds. Over half of what is asked by voice needs the very words: sums, people, scenes.
 SPOKEN_KINDS = dict.fromkeys(CLOSED, 2) | {
-    "add": 20,
-    "subtract": 12,
-    "person_color": 12,
-    "person_object": 12,
-    "who_has": 12,
+    "add": 8,
+    "subtract": 6,
+    "person_color": 18,
+    "person_object": 18,
+    "who_has": 18,
     "scene_color": 5,
     "scene_shape": 5,
     "scene_size": 3,

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omni.data.lexicon import COLOURS, NUMBERS, PLACES, RELATIONS, SHAPES, SIZES
+from omni.data.lexicon import COLOURS, NUMBER_NAMES, PLACES, RELATIONS, SHAPES, SIZES
 from omni.data.stories import units
 from omni.data.world import Caption, Clause, Thing, World, normalize
 
 _NAME = rf"(?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
 _TOKEN = re.compile(rf"{_NAME}|(?P<place>{'|'.join(PLACES)})|(?P<relation>{'|'.join(RELATIONS)})|(?P<stop>[.?])")
-_NUMBER = rf"({'|'.join(NUMBERS)}|\d+)\b"
+_NUMBER = rf"({'|'.join(sorted(NUMBER_NAMES, key=len, reverse=True))}|\d+)\b"
 _OPERANDS = re.compile(rf"\b{_NUMBER} (?:plus|minus|and) {_NUMBER}|\b{_NUMBER} away from {_NUMBER}")
 
 
@@ -80,7 +80,7 @@ def violations(world: World, text: str) -> list[str]:
     """Return what a text says of what is held out."""
     found = [f"held-out word {word!r}" for word in sorted(world.heldout_words & set(normalize(text).split()))]
     for match in _OPERANDS.finditer(text):
-        a, b = (int(part) if part.isdigit() else NUMBERS.index(part) for part in match.groups() if part is not None)
+        a, b = (int(part) if part.isdigit() else NUMBER_NAMES[part] for part in match.groups() if part is not None)
         if world.operands_held_out(a, b):
             found.append(f"held-out operands {a} and {b}")
     for sentence in re.split(r"[.?]", text):

@@ -309,3 +309,6 @@ def number_words(number: int) -> str:
         return TENS[ten - 2] + (f" {NUMBERS[one]}" if one else "")
     hundred, rest = divmod(number, 100)
     return f"{NUMBERS[hundred]} hundred" + (f" and {number_words(rest)}" if rest else "")
+
+
+NUMBER_NAMES = {number_words(number): number for number in range(100)}

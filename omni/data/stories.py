@@ -39,7 +39,6 @@ from omni.data.questions import (
     IN_CONTEXT,
     Question,
     arithmetic_statement,
-    chain,
     closed_facts,
     operands,
     person_questions,
@@ -145,14 +144,6 @@ def fact_statement(world: World, rng: random.Random, split: str) -> str:
     return fix_articles(rng.choice(STATEMENTS[kind]).format(x=x, y=y))
 
 
-def _sum(world: World, rng: random.Random) -> str:
-    """State a sum or a difference, more often of three numbers."""
-    if rng.random() < 0.4:
-        return arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train")
-    asked, y = chain(world, rng)
-    return f"{asked} {rng.choice(('is', 'makes'))} {y}."
-
-
 def _digits(world: World, rng: random.Random) -> tuple[str, str]:
     """Ask for a sum or a difference in digits."""
     kind = rng.choice(ARITHMETIC)
@@ -187,7 +178,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
     if kind == "talk":
         return chat_document(talk(world, rng, "greeting") + talk(world, rng, "small_talk"))
     if kind == "sums":
-        return " ".join(_sum(world, rng) for _ in range(20))
+        return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
     return chat_document(list(_short_questions(world, rng, kind)))
@@ -236,12 +227,8 @@ def _short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tu
     """Yield turns about numbers or closed facts."""
     for _ in range(rng.randint(5, 8)):
         if kind == "numbers":
-            if rng.random() < 0.4:
-                if rng.random() < 0.5:
-                    yield _digits(world, rng)
-                else:
-                    asked, y = chain(world, rng)
-                    yield f"what is {asked}?", y
+            if rng.random() < 0.2:
+                yield _digits(world, rng)
                 continue
             question = word_question(world, rng, rng.choice(ARITHMETIC), "train")
         elif rng.random() < 0.35:

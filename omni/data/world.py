@@ -146,8 +146,8 @@ class World:
         # 6 % of the triples; at most one of each sort a pair, so that no pair loses most of its places
         self.placed = frozenset((*pair, rng.choice(PLACES)) for pair in rng.sample(others, 10))
         self.related = frozenset((*pair, rng.choice(RELATIONS)) for pair in rng.sample(others, 10))
-        operands = [(a, b) for a in range(21) for b in range(a, 21)]
-        self.operands = frozenset(rng.sample(operands, 35))  # 15 % of 231, both orders of each
+        operands = [(b, a) for a in range(20, 100) for b in range(1, 10)]
+        self.operands = frozenset(rng.sample(operands, 108))  # 15 % of 720, both orders of each
         # A tenth are names, the others words that no sentence of the grammar needs.
         rng = random.Random(f"{seed}/words")
         free = [word for word in lexicon() if word not in grammar_words()]
