@@ -64,6 +64,11 @@ def sentences(
     reduction = model.config.codec.reduction
     edge = round(_LONGEST_EDGE_SECONDS * model.code_rate)
     codes, result = encode_recordings(model, voices), []
+    words = [spoken_words(voices.text(index)) for index in range(len(voices))]
+    states: list[torch.Tensor] = []
+    if mind is not None:
+        texts = [(voices.text(index), words[index]) for index in range(len(voices))]
+        states = [found.float().cpu() for found in word_states(*mind, texts, model.config.thinker_layer)]
     for index, words_spans in enumerate(spans):
         if words_spans is None:
             continue
@@ -71,12 +76,9 @@ def sentences(
         if timing is None:
             continue
         first, durations = timing
-        words = spoken_words(voices.text(index))
-        states_UD = None
-        if mind is not None:
-            states_UD = word_states(*mind, voices.text(index), words, model.config.thinker_layer).float().cpu()
+        states_UD = states[index] if states else None
         codes_TK = codes[index][first : first + sum(durations)]
-        result.append(Aligned(index, units(words), durations, codes_TK, states_UD))
+        result.append(Aligned(index, units(words[index]), durations, codes_TK, states_UD))
     if len(result) < len(voices):
         log.warning(
             "%s: the words of %d of %d recordings do not fit into them and are left out",

@@ -217,17 +217,29 @@ def embed_speakers(model: SpeechModel, references: Sequence[torch.Tensor], batch
 
 @torch.no_grad()
 def word_states(
-    thinker: Thinker, tokenizer: Tokenizer, text: str, words: Sequence[SpokenWord], layer: int
-) -> torch.Tensor:
-    """The Thinker's state [U, D] for each unit of a text: of a word the state at its last token.
+    thinker: Thinker,
+    tokenizer: Tokenizer,
+    texts: Sequence[tuple[str, Sequence[SpokenWord]]],
+    layer: int,
+    batch_size: int = 32,
+) -> list[torch.Tensor]:
+    """The Thinker's states [U, D] for the units of each text: of a word the state at its last token.
 
     A pause has the state of the word before it; the pause before the first word has the first token's.
     """
-    tokens = tokenizer.encode(plain_text(text))[: thinker.config.ctx_len]
-    device = thinker.embed_tokens.weight.device
-    embedded = thinker.embed(torch.tensor([tokens], device=device))
-    states_TD = thinker(embedded, states_of=[layer]).hidden_states[layer][0]
-    return states_at_words(states_TD, [tokenizer.num_bytes(token) for token in tokens], text, words)
+    tokens = [tokenizer.encode(plain_text(text))[: thinker.config.ctx_len] for text, _ in texts]
+    order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
+    device, found = thinker.embed_tokens.weight.device, [torch.empty(0)] * len(texts)
+    for first in range(0, len(order), batch_size):
+        picked = order[first : first + batch_size]
+        # padded on the right, where no token looks
+        rows = [torch.tensor(tokens[index]) for index in picked]
+        tokens_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id).to(device)
+        states_BTD = thinker(thinker.embed(tokens_BT), states_of=[layer]).hidden_states[layer]
+        for index, states_TD in zip(picked, states_BTD, strict=True):
+            sizes = [tokenizer.num_bytes(token) for token in tokens[index]]
+            found[index] = states_at_words(states_TD[: len(sizes)], sizes, *texts[index])
+    return found
 
 
 def states_at_words(
@@ -259,7 +271,7 @@ def speak(
     states = None
     if mind is not None and model.config.talker.state_dim:
         layer = model.config.thinker_layer
-        states = [word_states(*mind, texts[number], piece, layer) for number, piece in pieces]
+        states = word_states(*mind, [(texts[number], piece) for number, piece in pieces], layer)
     owners = torch.tensor([number for number, _ in pieces], device=speaker_BE.device)
     codes = generate_codes(model.talker, [units(piece) for _, piece in pieces], speaker_BE[owners], states, sampling)
     parts: list[list[Spoken]] = [[] for _ in texts]

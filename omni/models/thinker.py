@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni.config import Problem
+from omni.models.attention_heads import start_with_tasks
 from omni.models.layers import (
     Attention,
     Block,
@@ -91,9 +92,10 @@ class Thinker(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=config.dim**-0.5)
         nn.init.constant_(self.norm.weight, 0.7)
         quiet_residual_outputs(self.layers)
-        for part in self.layers.modules():
-            if isinstance(part, Attention):
-                start_by_copying(part)
+        attentions = [part for part in self.layers.modules() if isinstance(part, Attention)]
+        for attention in attentions:
+            start_by_copying(attention)
+        start_with_tasks(self.embed_tokens, attentions, config.rope_theta)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Token embeddings [B, T, D]."""
