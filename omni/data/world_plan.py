@@ -51,7 +51,7 @@ _TEST = Size(
 )  # fmt: skip
 _NANO = Size(
     text_bytes=2_500_000, images=5_000, images_test=300, tts_train=2_600, tts_voices=4, asr_free=1_100,
-    asr_grammar=2_300, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
+    asr_grammar=2_600, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
     image_speech_qa=400, picture_recordings=200, asr=2_000, text_qa=1_500, text_chat=300, speech_out=200,
     chats_test=120, spoken_test=100,
     free_words=100,
