@@ -21,7 +21,7 @@ from omni.data.manifest import hash_files, split_rows
 from omni.data.speech import SpeechBatch, Transcribed, read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.audio_enc import Recognition
-from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig, ctc_loss_sum, greedy_transcripts
+from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig, ctc_loss_sum, transcripts
 from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
 
@@ -79,7 +79,7 @@ def build(config: AudioConfig, precision: Precision) -> Run:
                 output = model(batch.frames_BFM, batch.num_frames_B)
                 total += float(ctc_loss_sum(output, batch.symbols_BS, batch.num_symbols_B))
                 characters += batch.counts["characters"]
-                found.hypotheses += greedy_transcripts(output)
+                found.hypotheses += transcripts(output)
                 start = number * config.train.batch_size
                 found.references += [validation.text(start + i) for i in range(len(batch.num_frames_B))]
             cer = found.cer().value

@@ -457,6 +457,8 @@ def test_no_worker_outlives_the_one_who_asked(tmp_path: Path, how: signal.Signal
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # a shell lets its background jobs ignore SIGINT, and every process below them would
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 20
     while not list(tmp_path.glob("*.wav")) and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ import torch
 
 from omni.data.speech import Recordings, pad_frames, read_speech_manifest
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
-from omni.models.audio_encoder import AudioEncoder, greedy_transcripts
+from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
 
@@ -40,7 +40,7 @@ def transcribe(encoder: AudioEncoder, frames: Sequence[torch.Tensor], batch_size
         indices = order[start : start + batch_size]
         frames_BFM, num_frames_B = pad_frames([frames[index] for index in indices])
         output = encoder(frames_BFM.to(device), num_frames_B.to(device))
-        for index, text in zip(indices, greedy_transcripts(output), strict=True):
+        for index, text in zip(indices, transcripts(output), strict=True):
             texts[index] = text
     return texts
 

@@ -6,6 +6,7 @@ second, and a repeated character costs two steps), so every state emits ``steps_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -151,9 +152,55 @@ def ctc_loss_sum(output: AudioOutput, symbols_BS: torch.Tensor, num_symbols_B: t
     )
 
 
-def greedy_transcripts(output: AudioOutput) -> list[str]:
-    """The best CTC path of each utterance: repeats merged, blanks removed."""
-    characters, texts = Characters(), []
-    for path, steps in zip(output.log_probs_BSV.argmax(-1).cpu(), output.num_steps_B.tolist(), strict=True):
-        texts.append(characters.decode(torch.unique_consecutive(path[:steps]).tolist()))
-    return texts
+_MOST_SYMBOLS = 16  # considered at a step of the search
+
+
+def transcripts(output: AudioOutput, beam: int = 8) -> list[str]:
+    """The most probable text of each utterance, all of its paths together (CTC prefix search).
+
+    The best single path loses what is spread over neighbouring steps, spaces above all.
+    """
+    characters, steps_B = Characters(), output.num_steps_B.tolist()
+    rows = zip(output.log_probs_BSV.float().cpu(), steps_B, strict=True)
+    return [characters.decode(prefix_search(log_probs_SV[:steps], beam)) for log_probs_SV, steps in rows]
+
+
+def prefix_search(log_probs_SV: torch.Tensor, beam: int, least: float = 1e-3) -> list[int]:
+    """Search the symbols with the highest sum over all their CTC paths (Graves et al., 2006; Hannun et al., 2014).
+
+    Args:
+        log_probs_SV: log-probabilities of each step; symbol 0 is blank.
+        beam: prefixes kept after each step.
+        least: symbols of a lower probability are passed over at a step, but for the best one.
+    """
+    # of each prefix the log-probability of the paths that end in blank, and of those that end in its last symbol
+    prefixes: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
+    for step_V in log_probs_SV:
+        likely = step_V.topk(min(_MOST_SYMBOLS, len(step_V)))
+        pairs = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
+        kept = [pair for pair in pairs if pair[1] > math.log(least)] or pairs[:1]
+        found: dict[tuple[int, ...], list[float]] = {}
+        for prefix, (blank, symbol) in prefixes.items():
+            for index, log_prob in kept:
+                if index == Characters.blank:
+                    _add(found, prefix, 0, _log_sum(blank, symbol) + log_prob)
+                elif prefix and prefix[-1] == index:  # the same symbol goes on, or comes again after a blank
+                    _add(found, prefix, 1, symbol + log_prob)
+                    _add(found, (*prefix, index), 1, blank + log_prob)
+                else:
+                    _add(found, (*prefix, index), 1, _log_sum(blank, symbol) + log_prob)
+        best = sorted(found.items(), key=lambda item: -_log_sum(*item[1]))[:beam]
+        prefixes = {prefix: (ends[0], ends[1]) for prefix, ends in best}
+    return list(max(prefixes.items(), key=lambda item: _log_sum(*item[1]))[0])
+
+
+def _add(found: dict[tuple[int, ...], list[float]], prefix: tuple[int, ...], end: int, log_prob: float) -> None:
+    """Add paths to a prefix; `end` is 0 if they end in blank."""
+    ends = found.setdefault(prefix, [-math.inf, -math.inf])
+    ends[end] = _log_sum(ends[end], log_prob)
+
+
+def _log_sum(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
