@@ -176,7 +176,11 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
             (voices[0], voices[1]),
             config.talker,
             config.run,
-            (config.save_dir / "cache", lineage["audio_enc"]),
+            [
+                config.save_dir / "cache",
+                Path(config.talker_ckpt).parent / "cache",
+            ],  # stage D aligned the same recordings
+            lineage["audio_enc"],
             config.val_sentences,
         )
 

@@ -155,9 +155,9 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         )  # fmt: skip
 
     def talker() -> Stage:
-        cache = config.save_dir / "cache", fingerprint(Path(config.audio_ckpt))
+        caches, encoder_hash = [config.save_dir / "cache"], fingerprint(Path(config.audio_ckpt))
         return talker_stage(
-            model, encoder, mind, (training, validation), config.talker, run, cache, config.val_sentences
+            model, encoder, mind, (training, validation), config.talker, run, caches, encoder_hash, config.val_sentences
         )
 
     return Run(

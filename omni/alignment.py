@@ -24,16 +24,18 @@ Spans = list[tuple[float, float]]  # first and one-past-last mel frame of each w
 _LONGEST_EDGE_SECONDS = 0.2  # of silence kept before the first and after the last word
 
 
-def align(encoder: AudioEncoder, voices: Voices, cache: Path, encoder_hash: str) -> list[Spans | None]:
-    """The words of every recording in time, None where they do not fit; computed once and kept in ``cache``."""
+def align(encoder: AudioEncoder, voices: Voices, caches: Sequence[Path], encoder_hash: str) -> list[Spans | None]:
+    """The words of every recording in time, None where they do not fit; computed once and kept in the first cache."""
     digest = hashlib.sha256(encoder_hash.encode())
     for index in range(len(voices)):
         digest.update(f"{voices.text(index)}\n{voices.recordings.num_frames[index]}\n".encode())
-    path = cache / f"alignment-{digest.hexdigest()[:16]}.json"
-    if path.exists():
-        return [None if spans is None else [(a, b) for a, b in spans] for spans in json.loads(path.read_text())]
+    name = f"alignment-{digest.hexdigest()[:16]}.json"
+    for path in (cache / name for cache in caches):
+        if path.exists():
+            return [None if spans is None else [(a, b) for a, b in spans] for spans in json.loads(path.read_text())]
     found = _align(encoder, voices)
-    cache.mkdir(parents=True, exist_ok=True)
+    caches[0].mkdir(parents=True, exist_ok=True)
+    path = caches[0] / name
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.replace(path)

@@ -80,6 +80,7 @@ def _key(encoder: torch.nn.Module, paths: Sequence[str]) -> str:
     for path in paths:
         status = Path(path).stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+    digest.update(str(torch.is_autocast_enabled(next(encoder.parameters()).device.type)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def talker_stage(
     voices: tuple[Voices, Voices],
     config: PhaseConfig,
     run: RunConfig,
-    cache: tuple[Path, str],
+    caches: Sequence[Path],
+    encoder_hash: str,
     val_sentences: int,
 ) -> Stage:
     """Align the recordings, encode them, and describe the Talker's training on them.
@@ -43,12 +45,13 @@ def talker_stage(
         voices: training and validation recordings.
         config: length, batch size and learning rate.
         run: the run's keys.
-        cache: where alignments are kept, and the hash of the encoder that makes them.
+        caches: folders where alignments are looked for; new ones go to the first.
+        encoder_hash: of the checkpoint of `encoder`, by which they are found.
         val_sentences: sentences generated and graded at each validation.
     """
     parts = []
     for part, name in zip(voices, ("training", "validation"), strict=True):
-        aligned = sentences(speech, part, align(encoder, part, *cache), mind, name)
+        aligned = sentences(speech, part, align(encoder, part, caches, encoder_hash), mind, name)
         parts.append(Sentences(part, aligned, speaker_embeddings(speech, part)))
     if tuple(voices[0].names) == speech.config.voices:
         speech.voices_NE.copy_(mean_embeddings(voices[0], parts[0].embeddings_NE))

@@ -161,7 +161,9 @@ class Loop:
         if self._training is None:
             # a phase's initial values and batches must not depend on how the phase before it was interrupted
             seed_everything(self.options.seed + 1000 * (self.state.phase + 1))
-        stage = build()
+        self.run.model.eval()
+        with self.precision.autocast():  # what a phase prepares (features, codes, alignments) is inference
+            stage = build()
         self.run.model.requires_grad_(False)
         for module in stage.trains:
             module.requires_grad_(True)

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from omni import alignment
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import UserError, from_dict, to_dict
 from omni.data.voices import Aligned, SentenceBatch, Sentences, Voices
@@ -351,3 +354,29 @@ def test_voices_without_a_speaker_column_are_one_speaker(tmp_path: Path) -> None
     batch = crops.collate([crops.sample(index, rng) for index in range(3)])
     assert batch.speaker_B.tolist() == [0, 1, 2]  # recordings stand in for speakers
     assert batch.wave_BS.shape == (3, 24 * 160) and batch.first_BFM.shape == (3, 40, 80)
+
+
+def test_an_alignment_made_by_stage_d_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def make(*_: object) -> list[list[tuple[float, float]] | None]:
+        made.append(1)
+        return [[(0.0, 12.5)], None]
+
+    class TwoRecordings:
+        recordings = SimpleNamespace(num_frames=[20, 30])
+
+        def __len__(self) -> int:
+            return 2
+
+        def text(self, index: int) -> str:
+            return ("one", "two")[index]
+
+    monkeypatch.setattr(alignment, "_align", make)
+    theirs, ours = tmp_path / "d", tmp_path / "e"
+    voices: Any = TwoRecordings()
+    first = alignment.align(None, voices, [theirs], "encoder")
+    assert alignment.align(None, voices, [ours, theirs], "encoder") == first == [[(0.0, 12.5)], None]
+    assert len(made) == 1 and not ours.exists()
+    alignment.align(None, voices, [ours, theirs], "another encoder")
+    assert len(made) == 2 and list(ours.iterdir())

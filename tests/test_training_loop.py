@@ -364,3 +364,23 @@ def test_disk_full_leaves_the_last_checkpoint(whole: Path, config: Path, monkeyp
         from omni.checkpoint import save_checkpoint
 
         save_checkpoint(whole / "x.pt", {}, {})
+
+
+def test_what_a_phase_prepares_is_inference_in_the_runs_precision(config: Path, tmp_path: Path) -> None:
+    def words(name: str) -> list[tuple[str, str]]:
+        return [("run.save_dir", str(tmp_path / name)), ("use_amp", "true")]
+
+    for name, dtype in (("one", torch.bfloat16), ("two", torch.float32)):
+        precision = Precision(torch.device("cpu"), dtype)
+        run, prepared = build(load_config(ToyConfig, config, words(name)), precision), []
+
+        def watched(start: Any, model: Toy, prepared: list[Any]) -> Any:
+            def prepare() -> Any:
+                prepared.append((model.training, model.outer(torch.zeros(1, 8)).dtype))
+                return start()
+
+            return prepare
+
+        run.phases = [(phase, watched(start, run.model, prepared)) for phase, start in run.phases]
+        Loop(run, load_config(ToyConfig, config, words(name)), precision).train()
+        assert prepared == [(False, dtype)] * 2
