@@ -145,7 +145,7 @@ def test_every_file_is_there_and_loads(world: Path) -> None:
 def test_speech_manifests_fit_together(world: Path) -> None:
     table = {path.stem: rows(path) for path in (world / "audio").glob("*.csv")}
     heard = {row["wav"] for row in table["asr_train"]}
-    assert {row["wav"] for row in table["tts_train"]} <= heard
+    assert 0 < len({row["wav"] for row in table["tts_train"]} & heard) <= len(heard) / 5
     assert {f"wavs/{path.name}" for path in (world / "audio" / "wavs").glob("train_*.wav")} <= heard
     known = {row["speaker"] for row in table["asr_train"]}
     assert {row["speaker"] for name in ("asr_test", "tts_test", "tts_train") for row in table[name]} <= known

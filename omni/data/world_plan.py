@@ -22,7 +22,7 @@ class Size:
     text_bytes: int
     images: int
     images_test: int  # of seen combinations, and as many of held-out ones
-    tts_train: int  # recordings in the Talker's voices, all of them in asr_train too
+    tts_train: int  # recordings in the Talker's voices, some of them in asr_train too
     tts_voices: int
     asr_free: int  # outside the grammar
     asr_grammar: int
@@ -253,7 +253,9 @@ def _plan_training(plan: Plan) -> None:
     plan.chats["train"] = chats.lines
     plan.speech["tts_train"] = tts
     questions = [recording for _, recording in chats.spoken] + chats.picture_recordings
-    plan.speech["asr_train"] = rng.sample(every := tts + heard + questions, len(every))
+    # the Talker's few clear voices are the easiest: beyond a fifth of all they only take the place of the others
+    clear = rng.sample(tts, min(len(tts), (len(heard) + len(questions)) // 4))
+    plan.speech["asr_train"] = rng.sample(every := clear + heard + questions, len(every))
 
 
 def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:
