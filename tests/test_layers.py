@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,3 +73,16 @@ def test_norm_on_the_cpu_equals_torchs() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_narrow_depthwise_convolutions_return_in_bf16() -> None:
+    code = (
+        "import torch\nfrom omni.models.layers import TimeConv\ntorch.set_num_threads(1)\n"
+        "conv = TimeConv(16, 16, 15, padding=7, groups=16)\n"
+        "with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):\n"
+        "    x = torch.randn(1, 31, 16).bfloat16()\n"
+        "    same = torch.nn.functional.conv1d(x.float().mT, conv.weight, conv.bias, padding=7, groups=16)\n"
+        "    assert torch.allclose(conv(x).float().mT, same.float(), atol=0.02)\n"
+    )
+    # oneDNN's own bf16 kernel would never return for this shape
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[1])
