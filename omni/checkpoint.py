@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from omni.config import UserError
+from omni.config import UserError, differences
 from omni.console import log
 from omni.summary import FORMAT, MEMBER, DamagedCheckpointError, is_summary, read_summary
 from omni.summary import fingerprint as fingerprint
@@ -155,6 +155,22 @@ def resume_candidates(save_dir: Path, name: str) -> Iterator[tuple[Path, dict[st
             continue
         yield path, summary, tensors, ""
         return
+
+
+def refuse_another_run(path: Path, summary: dict[str, Any], model_config: Any, lineage: Any) -> None:
+    """A resume with another model, data or inputs would be a new run under an old name.
+
+    Raises:
+        UserError: naming every difference between the checkpoint's and the present ones.
+    """
+    old = {"model": summary["model_config"], "lineage": summary["lineage"]}
+    lines = list(differences(old, {"model": model_config, "lineage": lineage}))
+    if lines:
+        raise UserError(
+            f"{path}: belongs to another run; differences (there -> now):\n  "
+            + "\n  ".join(lines)
+            + "\nUse --fresh to set the old run aside and start over, or another --save_dir."
+        )
 
 
 def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:

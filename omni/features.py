@@ -20,8 +20,8 @@ from omni.models.vision_encoder import VisionEncoder
 class FeatureStore:
     """Features by path, kept in memory as fp16 and, with ``cache``, in one file a modality on disk.
 
-    The file's name carries a hash of the encoder's weights and of every path, size and time of change, so that another
-    encoder or a changed recording is encoded anew.
+    The file's name carries a hash of the encoder's weights, of every path, size and time of change, and of whether
+    autocast is on, so that for another encoder, a changed recording or another precision all is encoded anew.
     """
 
     def __init__(self, model: OmniModel, cache: Path | None = None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from omni import checkpoint
-from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, differences, read_command_line, to_dict
+from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, read_command_line, to_dict
 from omni.console import log, user_errors
 from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
 from omni.optim import build_optimizer, get_lr_scheduler, restore_optimizer, trainable_parameters
@@ -95,24 +95,12 @@ class Loop:
             if tensors is None:
                 log.warning("passing over %s", problem)
                 continue
-            self._refuse_another_run(path, summary)
+            checkpoint.refuse_another_run(path, summary, self.run.model_config, self.run.lineage)
             checkpoint.load_weights(self.run.model, tensors["weights"], str(path))
             self._training = tensors["training"]
             self.state = _Progress(**self._training["progress"])
             log.info(
                 "resuming from %s (phase %s, step %d)", path, self.run.phases[self.state.phase][0], self.state.step
-            )
-
-    def _refuse_another_run(self, path: Path, summary: dict[str, Any]) -> None:
-        """A resume with another model, data or inputs would be a new run under an old name."""
-        old = {"model": summary["model_config"], "lineage": summary["lineage"]}
-        new = {"model": self.run.model_config, "lineage": self.run.lineage}
-        lines = list(differences(old, new))
-        if lines:
-            raise UserError(
-                f"{path}: belongs to another run; differences (there -> now):\n  "
-                + "\n  ".join(lines)
-                + "\nUse --fresh to set the old run aside and start over, or another --save_dir."
             )
 
     # ---- the run ----

@@ -174,7 +174,7 @@ def prefix_search(log_probs_SV: torch.Tensor, beam: int, least: float = 1e-3) ->
         least: symbols of a lower probability are passed over at a step, but for the best one.
     """
     # of each prefix the log-probability of the paths that end in blank, and of those that end in its last symbol
-    prefixes: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
+    prefixes: dict[tuple[int, ...], list[float]] = {(): [0.0, -math.inf]}
     for step_V in log_probs_SV:
         likely = step_V.topk(min(_MOST_SYMBOLS, len(step_V)))
         pairs = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
@@ -189,9 +189,8 @@ def prefix_search(log_probs_SV: torch.Tensor, beam: int, least: float = 1e-3) ->
                     _add(found, (*prefix, index), 1, blank + log_prob)
                 else:
                     _add(found, (*prefix, index), 1, _log_sum(blank, symbol) + log_prob)
-        best = sorted(found.items(), key=lambda item: -_log_sum(*item[1]))[:beam]
-        prefixes = {prefix: (ends[0], ends[1]) for prefix, ends in best}
-    return list(max(prefixes.items(), key=lambda item: _log_sum(*item[1]))[0])
+        prefixes = dict(sorted(found.items(), key=lambda item: -_log_sum(*item[1]))[:beam])
+    return list(next(iter(prefixes)))  # the best stands first
 
 
 def _add(found: dict[tuple[int, ...], list[float]], prefix: tuple[int, ...], end: int, log_prob: float) -> None:
