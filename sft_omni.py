@@ -176,9 +176,8 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
             (voices[0], voices[1]),
             config.talker,
             config.run,
-            # stage D aligned the same recordings
+            # stage D aligned and encoded the same recordings
             [config.save_dir / "cache", Path(config.talker_ckpt).parent / "cache"],
-            lineage["audio_enc"],
             config.val_sentences,
         )
 

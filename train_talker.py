@@ -155,9 +155,9 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         )  # fmt: skip
 
     def talker() -> Stage:
-        caches, encoder_hash = [config.save_dir / "cache"], fingerprint(Path(config.audio_ckpt))
+        caches = [config.save_dir / "cache"]
         return talker_stage(
-            model, encoder, mind, (training, validation), config.talker, run, caches, encoder_hash, config.val_sentences
+            model, encoder, mind, (training, validation), config.talker, run, caches, config.val_sentences
         )
 
     return Run(

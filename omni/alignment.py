@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from omni.cache import cache_key, through_cache
 from omni.data.speech import pad_frames
 from omni.data.voices import Aligned, Voices
 from omni.generate_speech import embed_speakers, word_states
@@ -24,22 +23,16 @@ Spans = list[tuple[float, float]]  # first and one-past-last mel frame of each w
 _LONGEST_EDGE_SECONDS = 0.2  # of silence kept before the first and after the last word
 
 
-def align(encoder: AudioEncoder, voices: Voices, caches: Sequence[Path], encoder_hash: str) -> list[Spans | None]:
-    """The words of every recording in time, None where they do not fit; computed once and kept in the first cache."""
-    digest = hashlib.sha256(encoder_hash.encode())
-    for index in range(len(voices)):
-        digest.update(f"{voices.text(index)}\n{voices.recordings.num_frames[index]}\n".encode())
-    name = f"alignment-{digest.hexdigest()[:16]}.json"
-    for path in (cache / name for cache in caches):
-        if path.exists():
-            return [None if spans is None else [(a, b) for a, b in spans] for spans in json.loads(path.read_text())]
-    found = _align(encoder, voices)
-    caches[0].mkdir(parents=True, exist_ok=True)
-    path = caches[0] / name
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
-    return found
+def align(encoder: AudioEncoder, voices: Voices, caches: Sequence[Path]) -> list[Spans | None]:
+    """The words of every recording in time, None where they do not fit; from the caches if they are there."""
+    texts = [voices.text(index) for index in range(len(voices))]
+    key = cache_key([encoder], voices.paths, texts)
+
+    def compute() -> list[torch.Tensor]:
+        return [torch.tensor(spans or [], dtype=torch.float64) for spans in _align(encoder, voices)]
+
+    kept = through_cache(caches, "alignment", key, compute)
+    return [[(first, end) for first, end in spans_W2.tolist()] or None for spans_W2 in kept]
 
 
 @torch.no_grad()
@@ -60,12 +53,17 @@ def _align(encoder: AudioEncoder, voices: Voices, batch_size: int = 32) -> list[
 
 
 def sentences(
-    model: SpeechModel, voices: Voices, spans: Sequence[Spans | None], mind: tuple[Thinker, Tokenizer] | None, name: str
+    model: SpeechModel,
+    voices: Voices,
+    spans: Sequence[Spans | None],
+    codes: Sequence[torch.Tensor],
+    mind: tuple[Thinker, Tokenizer] | None,
+    name: str,
 ) -> list[Aligned]:
     """Codes, durations and the Thinker's states of every recording whose words fit into it; the others are counted."""
     reduction = model.config.codec.reduction
     edge = round(_LONGEST_EDGE_SECONDS * model.code_rate)
-    codes, result = encode_recordings(model, voices), []
+    result = []
     words = [spoken_words(voices.text(index)) for index in range(len(voices))]
     states: list[torch.Tensor] = []
     if mind is not None:
@@ -103,9 +101,18 @@ def encode_recordings(model: SpeechModel, voices: Voices, batch_size: int = 32) 
     return codes
 
 
-def speaker_embeddings(model: SpeechModel, voices: Voices) -> torch.Tensor:
-    """Embeddings [N, E] of every recording, on the CPU."""
-    return embed_speakers(model, [voices.frames(index) for index in range(len(voices))]).cpu()
+def codes_and_embeddings(
+    model: SpeechModel, voices: Voices, caches: Sequence[Path]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Codes [T, K] of every recording and speaker embeddings [N, E] of all; from the caches if they are there."""
+
+    def compute() -> list[torch.Tensor]:
+        embeddings_NE = embed_speakers(model, [voices.frames(index) for index in range(len(voices))]).cpu()
+        return [embeddings_NE, *encode_recordings(model, voices)]
+
+    key = cache_key([model.codec, model.speaker], voices.paths)
+    embeddings_NE, *codes = through_cache(caches, "codes", key, compute)
+    return codes, embeddings_NE
 
 
 def mean_embeddings(voices: Voices, embeddings_NE: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 
 from omni.audio import load_audio, log_mel
+from omni.cache import cache_key, through_cache
 from omni.data.images import load_image
 from omni.data.speech import pad_frames
 from omni.models.audio_encoder import AudioEncoder
@@ -20,8 +21,7 @@ from omni.models.vision_encoder import VisionEncoder
 class FeatureStore:
     """Features by path, kept in memory as fp16 and, with ``cache``, in one file a modality on disk.
 
-    The file's name carries a hash of the encoder's weights, of every path, size and time of change, and of whether
-    autocast is on, so that for another encoder, a changed recording or another precision all is encoded anew.
+    For another encoder, a changed recording or another precision all is encoded anew (:func:`omni.cache.cache_key`).
     """
 
     def __init__(self, model: OmniModel, cache: Path | None = None) -> None:
@@ -31,8 +31,13 @@ class FeatureStore:
 
     def add(self, images: Iterable[str], audios: Iterable[str]) -> None:
         """Encode what is not there yet."""
-        self._images |= self._through_cache("images", _new(images, self._images), self._encode_images)
-        self._audios |= self._through_cache("audio", _new(audios, self._audios), self._encode_audios)
+        seeing, hearing = self.model.vision_encoder, self.model.audio_encoder
+        self._images |= self._encoded(
+            "images", seeing, _new(images, self._images), functools.partial(encode_images, seeing)
+        )
+        self._audios |= self._encoded(
+            "audio", hearing, _new(audios, self._audios), functools.partial(encode_recordings, hearing)
+        )
 
     def image(self, path: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -46,42 +51,20 @@ class FeatureStore:
         """Positions that a recording takes in the Thinker's sequence."""
         return self.model.audio_positions(len(self._audios[path]))
 
-    def _encode_images(self, paths: Sequence[str]) -> list[torch.Tensor]:
-        return encode_images(self.model.vision_encoder, paths)
-
-    def _encode_audios(self, paths: Sequence[str]) -> list[torch.Tensor]:
-        return encode_recordings(self.model.audio_encoder, paths)
-
-    def _through_cache(self, kind: str, paths: list[str], encode) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    def _encoded(
+        self, kind: str, encoder: nn.Module, paths: list[str], encode: Callable[[list[str]], list[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Features of ``paths``, from the disk if they are there."""
         if not paths:
             return {}
-        encoder = self.model.vision_encoder if kind == "images" else self.model.audio_encoder
-        file = None if self.cache is None else self.cache / f"features-{kind}-{_key(encoder, paths)}.npz"
-        if file is not None and file.exists():
-            with np.load(file) as kept:
-                return {path: torch.from_numpy(kept[str(i)]) for i, path in enumerate(paths)}
-        found = [item.half() for item in encode(paths)]
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial.npz")
-            np.savez(partial, **{str(i): item.numpy() for i, item in enumerate(found)})
-            partial.replace(file)
+        folders = [] if self.cache is None else [self.cache]
+        key = cache_key([encoder], paths)
+        found = through_cache(folders, f"features-{kind}", key, lambda: [item.half() for item in encode(paths)])
         return dict(zip(paths, found, strict=True))
 
 
 def _new(paths: Iterable[str], known: dict[str, torch.Tensor]) -> list[str]:
     return sorted({path for path in paths if path not in known})
-
-
-def _key(encoder: torch.nn.Module, paths: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for weight in encoder.state_dict().values():
-        digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
-    for path in paths:
-        status = Path(path).stat()
-        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
-    digest.update(str(torch.is_autocast_enabled(next(encoder.parameters()).device.type)).encode())
-    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

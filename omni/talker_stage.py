@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from omni.alignment import align, mean_embeddings, sentences, speaker_embeddings
+from omni.alignment import align, codes_and_embeddings, mean_embeddings, sentences
 from omni.config import PhaseConfig, RunConfig
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import SentenceBatch, Sentences, Voices
@@ -33,7 +33,6 @@ def talker_stage(
     config: PhaseConfig,
     run: RunConfig,
     caches: Sequence[Path],
-    encoder_hash: str,
     val_sentences: int,
 ) -> Stage:
     """Align the recordings, encode them, and describe the Talker's training on them.
@@ -45,14 +44,14 @@ def talker_stage(
         voices: training and validation recordings.
         config: length, batch size and learning rate.
         run: the run's keys.
-        caches: folders where alignments are looked for; new ones go to the first.
-        encoder_hash: of the checkpoint of `encoder`, by which they are found.
+        caches: folders where alignments, codes and embeddings are looked for; new ones go to the first.
         val_sentences: sentences generated and graded at each validation.
     """
     parts = []
     for part, name in zip(voices, ("training", "validation"), strict=True):
-        aligned = sentences(speech, part, align(encoder, part, caches, encoder_hash), mind, name)
-        parts.append(Sentences(part, aligned, speaker_embeddings(speech, part)))
+        codes, embeddings_NE = codes_and_embeddings(speech, part, caches)
+        aligned = sentences(speech, part, align(encoder, part, caches), codes, mind, name)
+        parts.append(Sentences(part, aligned, embeddings_NE))
     if tuple(voices[0].names) == speech.config.voices:
         speech.voices_NE.copy_(mean_embeddings(voices[0], parts[0].embeddings_NE))
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ import soundfile
 import torch
 
 from omni import alignment
+from omni.audio import MelConfig
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import UserError, from_dict, to_dict
+from omni.data.speech import read_speech_manifest
 from omni.data.voices import Aligned, SentenceBatch, Sentences, Voices
 from omni.generate_speech import Sampling, draw, generate_codes, speak, states_at_words
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
@@ -343,8 +344,6 @@ def test_all_phases_killed_and_resumed_equal_an_uninterrupted_run(tmp_path: Path
 
 
 def test_voices_without_a_speaker_column_are_one_speaker(tmp_path: Path) -> None:
-    from omni.audio import MelConfig
-    from omni.data.speech import read_speech_manifest
     from omni.data.voices import VoiceCrops
 
     voices = Voices(read_speech_manifest(write_sounds(tmp_path, None)), MelConfig())
@@ -356,27 +355,31 @@ def test_voices_without_a_speaker_column_are_one_speaker(tmp_path: Path) -> None
     assert batch.wave_BS.shape == (3, 24 * 160) and batch.first_BFM.shape == (3, 40, 80)
 
 
-def test_an_alignment_made_by_stage_d_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_what_stage_d_aligned_and_encoded_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
 
-    def make(*_: object) -> list[list[tuple[float, float]] | None]:
-        made.append(1)
-        return [[(0.0, 12.5)], None]
+    def make_spans(*_: object) -> list[list[tuple[float, float]] | None]:
+        made.append("spans")
+        return [[(0.0, 12.5)], None, [(1.0, 2.0), (2.0, 3.0)]]
 
-    class TwoRecordings:
-        recordings = SimpleNamespace(num_frames=[20, 30])
+    def make_codes(*_: object) -> list[torch.Tensor]:
+        made.append("codes")
+        return [torch.arange(6).view(3, 2)] * 3
 
-        def __len__(self) -> int:
-            return 2
-
-        def text(self, index: int) -> str:
-            return ("one", "two")[index]
-
-    monkeypatch.setattr(alignment, "_align", make)
+    monkeypatch.setattr(alignment, "_align", make_spans)
+    monkeypatch.setattr(alignment, "encode_recordings", make_codes)
     theirs, ours = tmp_path / "d", tmp_path / "e"
-    voices: Any = TwoRecordings()
-    first = alignment.align(None, voices, [theirs], "encoder")
-    assert alignment.align(None, voices, [ours, theirs], "encoder") == first == [[(0.0, 12.5)], None]
-    assert len(made) == 1 and not ours.exists()
-    alignment.align(None, voices, [ours, theirs], "another encoder")
-    assert len(made) == 2 and list(ours.iterdir())
+    voices = Voices(read_speech_manifest(write_sounds(tmp_path, None)), MelConfig())
+    encoder: Any = torch.nn.Linear(2, 2)
+    model = small_speech()
+    first = alignment.align(encoder, voices, [theirs])
+    codes, embeddings_NE = alignment.codes_and_embeddings(model, voices, [theirs])
+    assert alignment.align(encoder, voices, [ours, theirs]) == first == make_spans()
+    again, same_NE = alignment.codes_and_embeddings(model, voices, [ours, theirs])
+    assert all(torch.equal(a, b) for a, b in zip(codes, again, strict=True)) and torch.equal(embeddings_NE, same_NE)
+    assert made == ["spans", "codes", "spans"] and not ours.exists()  # the last one is this test's own
+    torch.nn.init.zeros_(encoder.weight)  # another encoder
+    alignment.align(encoder, voices, [ours, theirs])
+    voices.paths[0].write_bytes(voices.paths[0].read_bytes() + b"0")  # a changed recording
+    alignment.codes_and_embeddings(model, voices, [ours, theirs])
+    assert made[3:] == ["spans", "codes"] and len(list(ours.iterdir())) == 2

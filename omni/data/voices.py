@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ class Voices:
 
     def __len__(self) -> int:
         return len(self.speakers)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [row.path("wav") for row in self.recordings.rows]
 
     def text(self, index: int) -> str:
         """What is said, as written in the manifest."""

@@ -1,0 +1,50 @@
+"""What took a while to compute, kept on disk by what it was computed from: encoder features, alignments, codes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def cache_key(modules: Iterable[nn.Module], paths: Iterable[str | Path], texts: Iterable[str] = ()) -> str:
+    """A key of everything that a result depends on.
+
+    Args:
+        modules: what computes it: their weights count, and whether autocast is on where they are.
+        paths: the files it is computed from: path, size and time of change count.
+        texts: whatever else it depends on.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for weight in module.state_dict().values():
+            digest.update(weight.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(str(torch.is_autocast_enabled(next(module.parameters()).device.type)).encode())
+    for path in paths:
+        status = Path(path).stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+    for text in texts:
+        digest.update(f"\n{text}".encode())
+    return digest.hexdigest()[:16]
+
+
+def through_cache(
+    folders: Sequence[Path], name: str, key: str, compute: Callable[[], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Tensors from the first folder that has them; else they are computed and kept in the first folder, if any."""
+    files = [folder / f"{name}-{key}.npz" for folder in folders]
+    for file in files:
+        if file.exists():
+            with np.load(file) as kept:
+                return [torch.from_numpy(kept[f"arr_{number}"]) for number in range(len(kept.files))]
+    found = compute()
+    if files:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        partial = files[0].with_suffix(".partial.npz")
+        np.savez(partial, *(item.numpy() for item in found))
+        partial.replace(files[0])
+    return found
