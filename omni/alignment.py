@@ -107,7 +107,7 @@ def codes_and_embeddings(
     """Codes [T, K] of every recording and speaker embeddings [N, E] of all; from the caches if they are there."""
 
     def compute() -> list[torch.Tensor]:
-        embeddings_NE = embed_speakers(model, [voices.frames(index) for index in range(len(voices))]).cpu()
+        embeddings_NE = embed_speakers(model, voices.recordings.all_frames()).cpu()
         return [embeddings_NE, *encode_recordings(model, voices)]
 
     key = cache_key([model.codec, model.speaker], voices.paths)

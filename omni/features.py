@@ -16,6 +16,7 @@ from omni.data.speech import pad_frames
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.omni import OmniModel
 from omni.models.vision_encoder import VisionEncoder
+from omni.parallel import map_small
 
 
 class FeatureStore:
@@ -72,7 +73,7 @@ def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int 
     """Patch tokens [P, D] of each picture, on the CPU."""
     device, found = next(encoder.parameters()).device, []
     for start in range(0, len(paths), batch_size):
-        pixels = [load_image(path, encoder.config.image_size) for path in paths[start : start + batch_size]]
+        pixels = map_small(lambda path: load_image(path, encoder.config.image_size), paths[start : start + batch_size])
         found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
     return found
 
@@ -81,7 +82,7 @@ def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int 
 def encode_recordings(encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32) -> list[torch.Tensor]:
     """States [T, D] of each recording, on the CPU; batches hold recordings of similar length."""
     device, front = next(encoder.parameters()).device, log_mel(encoder.config.mel)
-    frames = [front(load_audio(path, encoder.config.mel.sample_rate)) for path in paths]
+    frames = map_small(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
     order = sorted(range(len(paths)), key=lambda index: len(frames[index]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(paths)
     for start in range(0, len(order), batch_size):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from omni.data.stream import Batch, BatchStream, ordered_batches, pad_to
+from omni.parallel import map_small
 
 
 @dataclass
@@ -100,3 +101,12 @@ def test_evaluation_sees_each_sample_once_and_not_augmented() -> None:
 
 def test_pad_to() -> None:
     assert [pad_to(size, 16) for size in (1, 16, 17)] == [16, 16, 32]
+
+
+def test_small_pieces_of_work_keep_their_order_and_leave_the_threads_of_the_caller() -> None:
+    before = torch.get_num_threads()
+    found = map_small(lambda number: (2 * number, torch.get_num_threads()), range(50))
+    assert found == [(2 * number, 1) for number in range(50)]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        map_small(lambda number: 1 // number, [1, 0])

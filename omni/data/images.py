@@ -7,7 +7,6 @@ CMYK print or a 16-bit grey scan all become what a viewer would show.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +18,8 @@ from PIL import Image, ImageOps
 from omni.config import UserError
 from omni.data.manifest import Row, raise_problems, read_json_list
 from omni.data.stream import Batch, pad_to
-from omni.runtime import log, usable_cores
+from omni.parallel import map_small
+from omni.runtime import log
 from omni.tokenizer import Tokenizer, plain_text
 
 MAX_PIXELS = 64_000_000  # of a file, read from its header: 8000 x 8000, decoded 200 MB
@@ -143,8 +143,8 @@ class Pictures:
         if kept < len(self.rows):
             log.info("%d of %d pictures are kept in memory, the others decoded when needed", kept, len(self.rows))
         self._pixels = np.empty((kept, 3, size, size), dtype=np.uint8)
-        with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes outside of Python's lock
-            raise_problems([problem for problem in pool.map(self._read, range(len(self.rows))) if problem])
+        # Pillow decodes outside of Python's lock
+        raise_problems([problem for problem in map_small(self._read, range(len(self.rows))) if problem])
 
     def __len__(self) -> int:
         return len(self.rows)

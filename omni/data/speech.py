@@ -15,6 +15,7 @@ from omni.audio import MelConfig, load_audio, log_mel, spec_augment
 from omni.config import UserError
 from omni.data.manifest import Row, raise_problems, read_csv
 from omni.data.stream import Batch, pad_to
+from omni.parallel import map_small
 from omni.runtime import log
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
@@ -63,6 +64,10 @@ class Recordings:
                 self._kept[index] = kept
                 self._bytes += kept.nbytes
         return torch.from_numpy(kept).float()
+
+    def all_frames(self) -> list[torch.Tensor]:
+        """Log-mel frames [F, M] of every recording."""
+        return map_small(self.frames, range(len(self)))
 
 
 def recording_seconds(path: Path) -> float:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from omni.parallel import map_small
+
 BatchType = TypeVar("BatchType", bound="Batch")
 
 
@@ -132,7 +134,7 @@ class BatchStream:
 
     def _start(self) -> Iterator[tuple[list[int], Batch]]:
         if self.num_workers == 0:
-            return (self._prepare([self[key] for key in keys]) for keys in self._plan())
+            return (self._prepare(map_small(self.__getitem__, keys)) for keys in self._plan())
         loader: DataLoader[Any] = DataLoader(
             self,  # type: ignore[arg-type]  # a map from (epoch, index) to a sample
             batch_sampler=_Sampler(self._plan()),
@@ -172,7 +174,7 @@ def ordered_batches(
         indices.sort(key=lambda index: lengths[index])
     starts = range(0, len(indices), batch_size)
     for start in list(starts)[:limit]:
-        yield samples.collate([samples.sample(index, None) for index in indices[start : start + batch_size]])
+        yield samples.collate(map_small(lambda index: samples.sample(index, None), indices[start : start + batch_size]))
 
 
 def pad_to(size: int, multiple: int) -> int:

@@ -49,8 +49,7 @@ def recognize_manifest(encoder: AudioEncoder, manifest: str | Path, limit: int |
     """Recognize every recording of a manifest (or the first ``limit``)."""
     rows = read_speech_manifest(manifest)[:limit]
     recordings = Recordings(rows, encoder.config.mel)
-    frames = [recordings.frames(index) for index in range(len(recordings))]
-    return Recognition([str(row.values["text"]) for row in rows], transcribe(encoder, frames))
+    return Recognition([str(row.values["text"]) for row in rows], transcribe(encoder, recordings.all_frames()))
 
 
 def infeasible(encoder: AudioEncoder, manifest: str | Path) -> Figure:

@@ -116,7 +116,7 @@ def _wave(model: SpeechModel, frames_FM: torch.Tensor) -> torch.Tensor:
 
 
 def _hear_recordings(encoder: AudioEncoder, voices: Voices) -> list[str]:
-    return transcribe(encoder, [voices.frames(index) for index in range(len(voices))])
+    return transcribe(encoder, voices.recordings.all_frames())
 
 
 def talker_figures(
