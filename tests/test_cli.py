@@ -15,6 +15,7 @@ import pytest
 
 from omni.cli import main
 from omni.config import UserError
+from omni.evaluate import suite
 from omni.exchange import Exchange
 from omni.report import results_table, write_report
 from omni.run import run_process, stage_is_complete
@@ -102,6 +103,18 @@ def test_missing_checkpoints_are_named_with_their_command(
     assert json.loads(Path("out.json").read_text()) == {}
     assert main(["eval", "--size", "test", "--stage", "vision"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_speech_is_graded_by_what_the_talker_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("checkpoints/talker_mine/talker.pt")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    config = {"audio_ckpt": "elsewhere/audio_enc.pt", "thinker_ckpt": None}
+    monkeypatch.setattr(suite, "read_summary", lambda path: {"config": config})
+    command = "python train_audio_enc.py --config configs/audio_enc_mine.json"
+    for name in ("codec", "talker"):
+        assert suite.evaluate("mine", [name]).missing == [f"{name}: no elsewhere/audio_enc.pt; run `{command}` first"]
 
 
 # ---- table and report ----

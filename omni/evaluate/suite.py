@@ -43,6 +43,13 @@ class Results:
     missing: list[str] = field(default_factory=list)
 
 
+# what else an evaluation reads, and where the stage's configuration names it: stage B grades speech output
+_TRAINED_ON = {
+    "codec": {"audio_enc": "audio_ckpt"},
+    "talker": {"audio_enc": "audio_ckpt", "thinker": "thinker_ckpt"},
+}
+
+
 @dataclass(frozen=True)
 class _Case:
     """What an evaluation is given."""
@@ -54,6 +61,15 @@ class _Case:
     def path(self, kind: str) -> Path:
         """The final checkpoint of a kind."""
         return _stage(kind).checkpoint(self.size)
+
+    def inputs(self, name: str, stage: StageInfo) -> dict[str, Path]:
+        """The checkpoints that an evaluation reads: for speech output also those that the Talker was trained on."""
+        own = self.path(stage.kind)
+        if name not in _TRAINED_ON or not own.exists():
+            return {stage.kind: own}
+        config = read_summary(own)["config"]
+        others = {kind: config[key] for kind, key in _TRAINED_ON[name].items() if config[key]}
+        return {stage.kind: own, **{kind: Path(path) for kind, path in others.items()}}
 
     def data(self, kind: str) -> dict[str, Any]:
         """The data section of the configuration that a checkpoint was trained with."""
@@ -89,13 +105,14 @@ def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, l
     case, results = _Case(size, own or OwnSets(), limit), Results()
     for name in names or NAMES:
         stage = next(stage for stage in STAGES if name in stage.figures)
-        lacking = [kind for kind in _built_on(name, stage) if not case.path(kind).exists()]
+        inputs = case.inputs(name, stage)
+        lacking = [kind for kind, path in inputs.items() if not path.exists()]
         if lacking:
-            first = _stage(lacking[0])
-            results.missing.append(f"{name}: no {case.path(first.kind)}; run `{first.command(size)}` first")
+            command = _stage(lacking[0]).command(size)
+            results.missing.append(f"{name}: no {inputs[lacking[0]]}; run `{command}` first")
             continue
         started = time.perf_counter()
-        results.figures[name] = {key: figure.to_dict() for key, figure in _EVALUATIONS[name](case).items()}
+        results.figures[name] = {key: figure.to_dict() for key, figure in _EVALUATIONS[name](case, inputs).items()}
         log.info("%s evaluated in %.1f s", name, time.perf_counter() - started)
     return results
 
@@ -104,18 +121,13 @@ def _stage(kind: str) -> StageInfo:
     return next(stage for stage in STAGES if stage.kind == kind)
 
 
-def _built_on(name: str, stage: StageInfo) -> tuple[str, ...]:
-    """The checkpoints that an evaluation reads: speech output is graded by stage B's recognizer."""
-    return {"codec": ("audio_enc", "talker"), "talker": ("thinker", "audio_enc", "talker")}.get(name, (stage.kind,))
-
-
-def _thinker(case: _Case) -> dict[str, Any]:
+def _thinker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.data.text import read_text
     from omni.evaluate.ngram import KneserNey
     from omni.load import load_thinker
     from omni.metrics import ratio
 
-    thinker, tokenizer = load_thinker(case.path("thinker"))
+    thinker, tokenizer = load_thinker(inputs["thinker"])
     likelihood, text = _likelihood(thinker, tokenizer, case)
     # of a larger corpus the n-grams alone would take gigabytes
     training = read_text(case.data("thinker")["train"])[:_NGRAM_CHARACTERS]
@@ -152,11 +164,11 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
     return likelihood, predicted.decode(errors="ignore")
 
 
-def _audio_enc(case: _Case) -> dict[str, Any]:
+def _audio_enc(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.evaluate.audio_enc import infeasible, recognize_manifest
     from omni.load import load_audio_encoder
 
-    encoder = load_audio_encoder(case.path("audio_enc"))
+    encoder = load_audio_encoder(inputs["audio_enc"])
     test = case.test_set("audio_enc", case.own.asr, "--asr")
     found = recognize_manifest(encoder, test)
     figures = {"wer": found.wer(), "cer": found.cer()}
@@ -166,42 +178,42 @@ def _audio_enc(case: _Case) -> dict[str, Any]:
     return {**figures, "infeasible": infeasible(encoder, test)}
 
 
-def _vision(case: _Case) -> dict[str, Any]:
+def _vision(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.evaluate.vision import vision_figures
     from omni.load import load_vision_and_tokenizer
 
-    encoder, tokenizer = load_vision_and_tokenizer(case.path("vision"))
+    encoder, tokenizer = load_vision_and_tokenizer(inputs["vision"])
     test = case.test_set("vision", case.own.images, "--images")
     combinations = None if case.own.images else case.data("vision")["test_combinations"]
     return vision_figures(encoder, tokenizer, test, combinations)
 
 
-def _codec(case: _Case) -> dict[str, Any]:
+def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.evaluate.talker import codec_figures
     from omni.load import load_audio_encoder, load_speech
 
     test = case.test_set("talker", case.own.tts, "--tts")
-    return codec_figures(load_speech(case.path("talker")), load_audio_encoder(case.path("audio_enc")), test, case.limit)
+    return codec_figures(load_speech(inputs["talker"]), load_audio_encoder(inputs["audio_enc"]), test, case.limit)
 
 
-def _talker(case: _Case) -> dict[str, Any]:
+def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.evaluate.talker import talker_figures
     from omni.load import load_audio_encoder, load_speech, load_thinker
 
-    model, data = load_speech(case.path("talker")), case.data("talker")
+    model, data = load_speech(inputs["talker"]), case.data("talker")
     test = case.test_set("talker", case.own.tts, "--tts")
     words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
-    mind = load_thinker(case.path("thinker")) if model.config.talker.state_dim else None
-    return talker_figures(model, load_audio_encoder(case.path("audio_enc")), test, words, voices, mind, case.limit)
+    mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
+    return talker_figures(model, load_audio_encoder(inputs["audio_enc"]), test, words, voices, mind, case.limit)
 
 
-def _omni(case: _Case) -> dict[str, Any]:
+def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.data.dialogue import read_chats
     from omni.evaluate.omni import Examiner, examine
     from omni.features import FeatureStore
     from omni.load import load_omni
 
-    model, tokenizer = load_omni(case.path("omni"))
+    model, tokenizer = load_omni(inputs["omni"])
     chats = read_chats(case.test_set("omni", case.own.sft, "--sft"))
     figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, FeatureStore(model)), chats).figures)
     if case.path("thinker").exists():
@@ -209,7 +221,7 @@ def _omni(case: _Case) -> dict[str, Any]:
     return figures
 
 
-_EVALUATIONS: dict[str, Callable[[_Case], dict[str, Any]]] = {
+_EVALUATIONS: dict[str, Callable[[_Case, dict[str, Path]], dict[str, Any]]] = {
     "thinker": _thinker,
     "audio_enc": _audio_enc,
     "vision": _vision,
