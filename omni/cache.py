@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -35,12 +37,14 @@ def cache_key(modules: Iterable[nn.Module], paths: Iterable[str | Path], texts: 
 def through_cache(
     folders: Sequence[Path], name: str, key: str, compute: Callable[[], list[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """Tensors from the first folder that has them; else they are computed and kept in the first folder, if any."""
+    """Tensors from the first folder that has them; else they are computed and kept in the first folder, if any.
+
+    A file that cannot be read is as good as none: what it held is computed again.
+    """
     files = [folder / f"{name}-{key}.npz" for folder in folders]
     for file in files:
-        if file.exists():
-            with np.load(file) as kept:
-                return [torch.from_numpy(kept[f"arr_{number}"]) for number in range(len(kept.files))]
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as kept:
+            return [torch.from_numpy(kept[f"arr_{number}"]) for number in range(len(kept.files))]
     found = compute()
     if files:
         files[0].parent.mkdir(parents=True, exist_ok=True)

@@ -378,8 +378,12 @@ def test_what_stage_d_aligned_and_encoded_is_not_made_again(tmp_path: Path, monk
     again, same_NE = alignment.codes_and_embeddings(model, voices, [ours, theirs])
     assert all(torch.equal(a, b) for a, b in zip(codes, again, strict=True)) and torch.equal(embeddings_NE, same_NE)
     assert made == ["spans", "codes", "spans"] and not ours.exists()  # the last one is this test's own
+    for damaged in (b"", b"PK\x03\x04 cut", next(theirs.glob("alignment-*")).read_bytes()[:-40]):
+        next(theirs.glob("alignment-*")).write_bytes(damaged)
+        assert alignment.align(encoder, voices, [theirs]) == first
+    assert made[3:] == ["spans"] * 3  # computed again, and whole again on the disk
     torch.nn.init.zeros_(encoder.weight)  # another encoder
     alignment.align(encoder, voices, [ours, theirs])
     voices.paths[0].write_bytes(voices.paths[0].read_bytes() + b"0")  # a changed recording
     alignment.codes_and_embeddings(model, voices, [ours, theirs])
-    assert made[3:] == ["spans", "codes"] and len(list(ours.iterdir())) == 2
+    assert made[6:] == ["spans", "codes"] and len(list(ours.iterdir())) == 2
