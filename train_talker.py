@@ -155,10 +155,10 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         )  # fmt: skip
 
     def talker() -> Stage:
-        caches = [config.save_dir / "cache"]
         return talker_stage(
-            model, encoder, mind, (training, validation), config.talker, run, caches, config.val_sentences
-        )
+            model, encoder, mind, (training, validation), config.talker, run, [config.save_dir / "cache"],
+            config.val_sentences,
+        )  # fmt: skip
 
     return Run(
         kind="talker",

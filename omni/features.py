@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,12 +33,8 @@ class FeatureStore:
     def add(self, images: Iterable[str], audios: Iterable[str]) -> None:
         """Encode what is not there yet."""
         seeing, hearing = self.model.vision_encoder, self.model.audio_encoder
-        self._images |= self._encoded(
-            "images", seeing, _new(images, self._images), functools.partial(encode_images, seeing)
-        )
-        self._audios |= self._encoded(
-            "audio", hearing, _new(audios, self._audios), functools.partial(encode_recordings, hearing)
-        )
+        self._images |= self._encoded("images", encode_images, seeing, _new(images, self._images))
+        self._audios |= self._encoded("audio", encode_recordings, hearing, _new(audios, self._audios))
 
     def image(self, path: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -53,14 +49,16 @@ class FeatureStore:
         return self.model.audio_positions(len(self._audios[path]))
 
     def _encoded(
-        self, kind: str, encoder: nn.Module, paths: list[str], encode: Callable[[list[str]], list[torch.Tensor]]
+        self, kind: str, encode: Callable[[Any, list[str]], list[torch.Tensor]], encoder: nn.Module, paths: list[str]
     ) -> dict[str, torch.Tensor]:
         """Features of ``paths``, from the disk if they are there."""
         if not paths:
             return {}
         folders = [] if self.cache is None else [self.cache]
         key = cache_key([encoder], paths)
-        found = through_cache(folders, f"features-{kind}", key, lambda: [item.half() for item in encode(paths)])
+        found = through_cache(
+            folders, f"features-{kind}", key, lambda: [item.half() for item in encode(encoder, paths)]
+        )
         return dict(zip(paths, found, strict=True))
 
 

@@ -18,11 +18,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_small(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``function`` of every item, in order; it must not depend on the caller's autocast or gradient mode."""
     return list(_pool().map(function, items))
@@ -30,8 +25,8 @@ def map_small(function: Callable[[Item], Result], items: Iterable[Item]) -> list
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    # the number of threads of torch's operations is a property of the calling thread
-    return ThreadPoolExecutor(usable_cores(), "small", initializer=torch.set_num_threads, initargs=(1,))
+    # as many threads as torch may use; how many an operation takes is a property of the thread that calls it
+    return ThreadPoolExecutor(torch.get_num_threads(), "small", initializer=torch.set_num_threads, initargs=(1,))
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,7 +15,6 @@ import torch
 
 from omni.config import RunConfig, UserError
 from omni.console import log as log
-from omni.parallel import usable_cores
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ def _cpu_multiplies_bf16() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
