@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from omni.checkpoint import fingerprint, read_summary
-from omni.config import PhaseConfig, Problem, StageConfig, UserError, to_dict
+from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, UserError, to_dict
 from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats, read_chats
 from omni.data.manifest import hash_files
 from omni.data.speech import read_speech_manifest
@@ -40,8 +40,8 @@ from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
 
-@dataclass(frozen=True)
-class ChatData:
+@dataclass(frozen=True, kw_only=True)
+class ChatData(DataConfig):
     """Where the chats are, and how they are mixed."""
 
     train: str

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.config import PhaseConfig, StageConfig, to_dict
+from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
 from omni.data.manifest import hash_files, split_rows
 from omni.data.speech import SpeechBatch, Transcribed, read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
@@ -26,8 +26,8 @@ from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
 
 
-@dataclass(frozen=True)
-class SpeechData:
+@dataclass(frozen=True, kw_only=True)
+class SpeechData(DataConfig):
     """Where the recordings are."""
 
     train: str

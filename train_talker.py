@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
-from omni.config import PhaseConfig, Problem, StageConfig, from_dict, to_dict
+from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, from_dict, to_dict
 from omni.data.manifest import hash_files, split_rows
 from omni.data.speech import read_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
@@ -39,8 +39,8 @@ from omni.tokenizer import Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
 
-@dataclass(frozen=True)
-class VoiceData:
+@dataclass(frozen=True, kw_only=True)
+class VoiceData(DataConfig):
     """Where the recordings are, and how they are cut."""
 
     train: str

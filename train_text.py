@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.config import PhaseConfig, StageConfig, to_dict
+from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
 from omni.data.manifest import hash_files
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import TextBatch, learn_tokenizer, packed, read_text, split_text, tokenize
@@ -28,8 +28,8 @@ from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
 
 
-@dataclass(frozen=True)
-class TextData:
+@dataclass(frozen=True, kw_only=True)
+class TextData(DataConfig):
     """Where the text is."""
 
     train: str

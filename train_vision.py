@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from omni import checkpoint
-from omni.config import PhaseConfig, StageConfig, to_dict
+from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
 from omni.data.images import Captioned, ImageBatch, read_image_manifest
 from omni.data.manifest import hash_files, split_rows
 from omni.data.stream import BatchStream, ordered_batches
@@ -33,8 +33,8 @@ from omni.tokenizer import Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
 
-@dataclass(frozen=True)
-class ImageData:
+@dataclass(frozen=True, kw_only=True)
+class ImageData(DataConfig):
     """Where the pictures are, and what is done with them."""
 
     train: str

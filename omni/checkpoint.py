@@ -23,8 +23,9 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from omni.config import UserError, differences
+from omni.config import UserError
 from omni.console import log
+from omni.lineage import differences
 from omni.summary import FORMAT, MEMBER, DamagedCheckpointError, is_summary, read_summary
 from omni.summary import fingerprint as fingerprint
 

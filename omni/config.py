@@ -115,6 +115,27 @@ class RunConfig:
                 yield Problem(key, str(getattr(self, key)), "more than 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The keys that every stage's data have: what is too much, and what to do about a sample that cannot be used."""
+
+    on_bad_sample: Literal["error", "skip"] = "error"  # skip: leave it out, count it, and go on
+    max_bad_fraction: float = 0.05  # of all samples; with more of them left out, a run stops
+    max_audio_seconds: float = 30.0  # of a recording
+    max_pixels: int = 64_000_000  # of a picture: 8000 x 8000, decoded 200 MB
+    max_text_chars: int = 1_000_000  # of a line of text, a caption, a transcript, a message
+    allow_outside_paths: bool = False  # manifests may name files outside of their own folder
+    allow_leaks: bool = False  # the same recording or picture may be in training and validation
+
+    def problems(self) -> Iterator[Problem]:
+        """Limits that nothing passes."""
+        for key in ("max_audio_seconds", "max_pixels", "max_text_chars"):
+            if getattr(self, key) <= 0:
+                yield Problem(key, str(getattr(self, key)), "more than 0")
+        if not 0 <= self.max_bad_fraction <= 1:
+            yield Problem("max_bad_fraction", str(self.max_bad_fraction), "a share from 0 to 1")
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """What the shared loop needs to know of any stage's configuration; each stage script extends it."""
@@ -189,15 +210,6 @@ def read_command_line(cls: type[Config], words: Sequence[str]) -> tuple[Config, 
     if len(paths) != 1:
         raise UserError(f"command line: found {len(paths)} --config, expected one --config FILE.json", exit_code=2)
     return load_config(cls, paths[0], [pair for pair in pairs if pair[0] != "config"]), fresh
-
-
-def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """What differs between two nested plain values, one ``key: old -> new`` a line."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield f"{key}: {_show(old)} -> {_show(new)}"
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:

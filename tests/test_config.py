@@ -20,7 +20,6 @@ from omni.config import (
     Problem,
     StageConfig,
     UserError,
-    differences,
     from_dict,
     load_config,
     read_command_line,
@@ -179,11 +178,6 @@ def test_wrong_usage(words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         read_command_line(Example, words)
     assert caught.value.exit_code == 2
-
-
-def test_differences_are_listed() -> None:
-    found = list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}))
-    assert found == ["a.c: 2 -> 3", "d: null -> 4"]
 
 
 # ---- the shipped configurations ----

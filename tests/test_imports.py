@@ -16,8 +16,8 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 # A module imports only from a layer below its own. docs/architecture.md shows the same table.
 LAYERS = {
     0: ("config", "parallel"),
-    1: ("console", "cache", "stages", "summary", "exchange", "optim", "guards", "training_types", "tokenizer",
-        "speech_text", "audio", "models.layers", "data.stream", "data.manifest"),
+    1: ("console", "cache", "stages", "summary", "lineage", "exchange", "optim", "guards", "training_types",
+        "tokenizer", "speech_text", "audio", "models.layers", "data.stream", "data.manifest"),
     2: ("runtime", "checkpoint", "tracking", "metrics", "timing", "models.attention_heads", "models.audio_encoder",
         "models.vision_encoder", "models.quantizer", "models.projector", "models.vocoder", "models.speaker"),
     3: ("training_utils", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech",
