@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from omni.config import Problem, UserError
+from omni.files import describe_content, file_problem
+from omni.sound_files import cut_off, too_few_samples
 
 try:
     import torchaudio
@@ -56,24 +58,68 @@ class MelConfig:
             yield Problem("n_fft", str(self.n_fft), f"at least twice hop_length ({self.hop_length})")
 
 
-def load_audio(path: str | Path, sample_rate: int = 16000, normalize: bool = True) -> torch.Tensor:
+def recording_seconds(path: str | Path, max_seconds: float = math.inf) -> float:
+    """Length of a recording in seconds, read from its header; nothing is decoded.
+
+    Raises:
+        UserError: naming the file, when it is missing, empty, not audio, cut off or longer than ``max_seconds``.
+    """
+    with _opened(Path(path)) as file:
+        return _checked_seconds(file, Path(path), max_seconds)
+
+
+def load_audio(
+    path: str | Path, sample_rate: int = 16000, normalize: bool = True, max_seconds: float = math.inf
+) -> torch.Tensor:
     """A recording as mono float samples [samples] at ``sample_rate``, at a standard level unless told otherwise.
 
     Raises:
-        UserError: naming the file, when it is missing, empty, not audio, or holds NaN or Inf.
+        UserError: naming the file, when it is missing, empty, not audio, cut off, longer than ``max_seconds`` (which
+            is known before it is decoded), or holds NaN or Inf.
     """
-    try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, TypeError) as error:
-        reason = "no such file" if not Path(path).exists() else f"not a readable recording ({error})"
-        raise UserError(f"{path}: {reason}, expected wav, flac, ogg, opus or mp3") from None
-    if len(samples) == 0:
-        raise UserError(f"{path}: found no samples, expected a recording")
+    path = Path(path)
+    with _opened(path) as file:
+        _checked_seconds(file, path, max_seconds)
+        rate, num_declared, container = file.samplerate, file.frames, file.format
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise UserError(f"{path}: damaged or cut off ({error}), expected a whole recording") from None
+    if too_few_samples(len(samples), num_declared, container):
+        found = f"found {len(samples)} of the {num_declared} samples that its header names"
+        raise UserError(f"{path}: cut off: {found}, expected a whole recording")
     wave = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1)))
     if not torch.isfinite(wave).all():
         raise UserError(f"{path}: found NaN or Inf samples, expected finite ones")
     wave = resample(wave, rate, sample_rate)
     return standard_level(wave) if normalize else wave
+
+
+def _opened(path: Path) -> soundfile.SoundFile:
+    """A recording whose header could be read."""
+    problem = file_problem(path)
+    if problem and problem != "found an empty file":
+        raise UserError(f"{path}: {problem.rstrip(':')}, expected wav, flac, ogg, opus or mp3")
+    try:
+        return soundfile.SoundFile(str(path))
+    except (RuntimeError, OSError, TypeError) as error:
+        kind = describe_content(path)
+        reason = f"{kind}, which cannot be decoded: {error}" if kind.endswith("recording") else kind
+        raise UserError(
+            f"{path}: not a readable recording (found {reason}), expected wav, flac, ogg, opus or mp3"
+        ) from None
+
+
+def _checked_seconds(file: soundfile.SoundFile, path: Path, max_seconds: float) -> float:
+    if file.frames == 0:
+        raise UserError(f"{path}: found no samples, expected a recording")
+    if problem := cut_off(path):
+        raise UserError(f"{path}: cut off: {problem}, expected a whole recording")
+    seconds = float(file.frames / file.samplerate)
+    if seconds > max_seconds:
+        limit = f"expected at most {max_seconds:g} s (data.max_audio_seconds)"
+        raise UserError(f"{path}: found {seconds:.1f} s of sound, {limit}")
+    return seconds
 
 
 def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from omni.audio import save_wav
 from omni.data.dialogue import Chat, read_chats
-from omni.data.manifest import read_jsonl
 from omni.evaluate.omni import Examiner, say
 from omni.exchange import Exchange
 from omni.features import FeatureStore
@@ -25,13 +24,11 @@ def example_exchanges(checkpoint: Path, manifest: Path, folder: Path) -> list[Ex
     model, tokenizer = load_omni(checkpoint)
     examiner = Examiner(model, tokenizer, FeatureStore(model))
     chats = read_chats(manifest)
-    transcripts = [str(row.values.get("transcript", "")) for row in read_jsonl(manifest, ["messages"])]
     found = []
     for kind, wanted in _KINDS.items():
-        index = next((i for i, chat in enumerate(chats) if wanted(chat)), None)
-        if index is None:
+        chat = next((chat for chat in chats if wanted(chat)), None)
+        if chat is None:
             continue
-        chat = chats[index]
         answer = examiner.ask([chat]).answers[0]
         spoken = None
         if kind == "speech" and answer and model.config.speech.voices:
@@ -40,7 +37,7 @@ def example_exchanges(checkpoint: Path, manifest: Path, folder: Path) -> list[Ex
         found.append(
             Exchange(
                 kind,
-                _question(chat) or transcripts[index],
+                _question(chat) or chat.transcript,
                 answer,
                 chat.answer,
                 image=_first(chat.paths("image")),

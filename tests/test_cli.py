@@ -75,7 +75,7 @@ def test_data_check_lists_all_problems(babble: Path, tmp_path: Path, capsys: pyt
     for expected in (
         "bad.csv:2: ",
         "bad.csv:3: ",
-        "bad.txt: byte 0",
+        "bad.txt:1: not UTF-8",
         "nowhere.txt: no such file",
         "none.json: no such",
     ):

@@ -15,15 +15,16 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 
 # A module imports only from a layer below its own. docs/architecture.md shows the same table.
 LAYERS = {
-    0: ("config", "parallel"),
+    0: ("config", "parallel", "files", "sound_files", "data.entries"),
     1: ("console", "cache", "stages", "summary", "lineage", "exchange", "optim", "guards", "training_types",
-        "tokenizer", "speech_text", "audio", "models.layers", "data.stream", "data.manifest"),
+        "tokenizer", "speech_text", "audio", "models.layers", "data.stream"),
     2: ("runtime", "checkpoint", "tracking", "metrics", "timing", "models.attention_heads", "models.audio_encoder",
-        "models.vision_encoder", "models.quantizer", "models.projector", "models.vocoder", "models.speaker"),
+        "models.vision_encoder", "models.quantizer", "models.projector", "models.vocoder", "models.speaker",
+        "data.manifest"),
     3: ("training_utils", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech",
-        "data.images", "data.dialogue"),
-    4: ("losses", "models.speech", "data.voices", "data.synthetic", "data.check"),
-    5: ("models.omni", "generate_speech"),
+        "data.images", "data.leaks"),
+    4: ("losses", "models.speech", "data.voices", "data.synthetic", "data.dialogue"),
+    5: ("models.omni", "generate_speech", "data.check"),
     6: ("load", "features", "alignment"),
     7: ("generate",),
     8: ("evaluate",),

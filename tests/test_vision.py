@@ -135,7 +135,7 @@ def test_proportions_are_kept_and_the_rest_takes_the_border_colour() -> None:
     assert abs(int(dark.any(0).sum()) - int(dark.any(1).sum())) <= 1  # the square is still one
 
 
-def test_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_named(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for suffix in ("png", "jpg"):
         noise.save(tmp_path / f"whole.{suffix}")
@@ -147,9 +147,8 @@ def test_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("torn.png", "torn.jpg", "text.png", "empty.png", "page.eps", "missing.png"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             load_image(tmp_path / name, 64)
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(UserError, match="64 x 64 pixels"):
-        load_image(tmp_path / "whole.png", 64)
+        load_image(tmp_path / "whole.png", 64, max_pixels=64 * 64 - 1)
 
 
 def test_all_bad_entries_are_listed_before_training(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from omni.config import UserError
-from omni.data.manifest import Row, raise_problems, read_jsonl
+from omni.audio import recording_seconds
+from omni.config import DataConfig, UserError
+from omni.data.entries import type_name
+from omni.data.images import read_image_size
+from omni.data.manifest import RULES, Manifest, Row, path_problem, scan_jsonl, too_long
 from omni.data.stream import Batch, pad_to
 from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, needed_steps, turn_text
 
@@ -62,53 +65,66 @@ class Chat:
         return "".join(part.value for part in self.messages[-1].parts)
 
 
-def read_chats(path: str | Path) -> list[Chat]:
+def scan_chats(path: str | Path, rules: DataConfig = RULES) -> Manifest[Chat]:
+    """Chats and problems of a JSONL file, the headers of their pictures and recordings read."""
+    return scan_jsonl(Path(path), ["messages"]).convert(lambda row: _chat(row, rules))
+
+
+def read_chats(path: str | Path, rules: DataConfig = RULES) -> list[Chat]:
     """All chats of a JSONL file.
 
     Raises:
-        UserError: listing every malformed message and every missing picture or recording by its line.
+        UserError: listing every malformed message and every missing or too large picture or recording by its line,
+            unless the rules leave such chats out.
     """
-    chats, problems = [], []
-    for row in read_jsonl(Path(path), ["messages"]):
-        try:
-            chats.append(_chat(row))
-        except ValueError as error:
-            problems.append(f"{row.where}: {error}")
-    raise_problems(problems)
-    return chats
+    return scan_chats(path, rules).usable(rules)
 
 
-def _chat(row: Row) -> Chat:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages: expected a list of at least one message")
-    parsed = parse_messages(messages)
-    if parsed[-1].role != "assistant":
-        raise ValueError("the last message: expected the assistant's, found the " + parsed[-1].role + "'s")
-    located = [
-        Message(
-            message.role,
-            tuple(part if part.kind == "text" else Part(part.kind, _existing(row, part)) for part in message.parts),
+def _chat(row: Row, rules: DataConfig) -> Chat:
+    """A row as a chat; a ValueError says where and what is wrong."""
+    try:
+        messages = row.values["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"messages: found {type_name(messages)}, expected a list of at least one message")
+        parsed = parse_messages(messages)
+        if parsed[-1].role != "assistant":
+            raise ValueError(f"the last message: found the {parsed[-1].role}'s, expected the assistant's")
+        located = [
+            Message(message.role, tuple(_located(row, part, rules) for part in message.parts)) for message in parsed
+        ]
+        values = row.values
+        template = values.get("template", "")
+        if not isinstance(template, str | list):
+            raise ValueError(f"template: found {type_name(template)}, expected a text or a list of texts")
+        return Chat(
+            row.where,
+            located,
+            str(values.get("task", "chat")),
+            template,
+            str(values.get("held_out", "")),
+            values.get("speak") is True,
+            str(values.get("transcript", "")),
         )
-        for message in parsed
-    ]
-    values = row.values
-    return Chat(
-        row.where,
-        located,
-        str(values.get("task", "chat")),
-        values.get("template", ""),
-        str(values.get("held_out", "")),
-        values.get("speak") is True,
-        str(values.get("transcript", "")),
-    )
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
 
 
-def _existing(row: Row, part: Part) -> str:
+def _located(row: Row, part: Part, rules: DataConfig) -> Part:
+    """A part that the rules let pass; a picture or recording by its path from here."""
+    if part.kind == "text":
+        if len(part.value) > rules.max_text_chars:
+            raise ValueError(f"text: {too_long(len(part.value), rules)}")
+        return part
+    # chats speak of pictures and recordings, whose folders may lie beside their own: ../images/1.png
+    data_folder = row.folder.resolve().parent
+    if problem := path_problem(part.value, row.folder, data_folder, rules):
+        raise ValueError(f"{part.kind}: {problem}")
     path = row.folder / part.value
-    if not path.is_file():
-        raise ValueError(f"{part.kind}: no such file {path}, expected an existing one")
-    return str(path)
+    if part.kind == "audio":
+        recording_seconds(path, rules.max_audio_seconds)
+    else:
+        read_image_size(path, rules.max_pixels)
+    return Part(part.kind, str(path))
 
 
 def parse_messages(messages: Sequence[Any]) -> list[Message]:

@@ -6,7 +6,8 @@ CMYK print or a 16-bit grey scan all become what a viewer would show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,19 +16,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from omni.config import UserError
-from omni.data.manifest import Row, raise_problems, read_json_list
+from omni.config import DataConfig, UserError
+from omni.data.entries import type_name
+from omni.data.manifest import RULES, Manifest, Row, manifest_of, scan_json_list, settle
 from omni.data.stream import Batch, pad_to
+from omni.files import describe_content, file_problem
 from omni.parallel import map_small
 from omni.runtime import log
 from omni.tokenizer import Tokenizer, plain_text
 
-MAX_PIXELS = 64_000_000  # of a file, read from its header: 8000 x 8000, decoded 200 MB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is asked for as soon as the header is read
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO")  # no EPS: opening one would run Ghostscript
 _CACHE_BYTES = 2**30  # of decoded pictures kept in memory: 87,000 of 64 x 64
 
 
-def load_image(source: str | Path | BinaryIO, size: int, name: str = "") -> torch.Tensor:
+def load_image(
+    source: str | Path | BinaryIO, size: int, name: str = "", max_pixels: int = RULES.max_pixels
+) -> torch.Tensor:
     """Read a picture as uint8 [3, size, size].
 
     The whole picture is kept, in its proportions: cropping could cut off what the caption names, stretching would turn
@@ -39,33 +44,49 @@ def load_image(source: str | Path | BinaryIO, size: int, name: str = "") -> torc
         source: a path or an open binary file.
         size: pixels a side.
         name: what to call the picture in messages; the path by default.
+        max_pixels: more are refused by the header, before they are decoded.
 
     Raises:
-        UserError: for a file that is missing, truncated, no picture, or larger than ``MAX_PIXELS``.
+        UserError: for a file that is missing, truncated, no picture, or has more than ``max_pixels``.
     """
     name = name or str(source)
+    with _opened(source, name, max_pixels) as image:
+        # a JPEG is decoded at a half or a quarter where that is still larger than needed; never smaller
+        image.draft("RGB", (2 * size, 2 * size))
+        upright = ImageOps.exif_transpose(image)
+        return torch.from_numpy(_square(_as_rgb(upright), size))
+
+
+def read_image_size(path: Path, max_pixels: int = RULES.max_pixels) -> tuple[int, int]:
+    """Width and height from a picture's header.
+
+    Raises:
+        UserError: for a file that is missing, no picture, or has more than ``max_pixels``.
+    """
+    with _opened(path, str(path), max_pixels) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """A picture whose header could be read and is not too large; whatever its decoder raises names the file."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and (problem := file_problem(path)):
+        raise UserError(f"{name}: {problem.rstrip(':')}, expected a picture")
     try:
         with Image.open(source, formats=_FORMATS) as image:
-            _refuse_bomb(image.size, name)
-            # a JPEG is decoded at a half or a quarter where that is still larger than needed; never smaller
-            image.draft("RGB", (2 * size, 2 * size))
-            upright = ImageOps.exif_transpose(image)
-            return torch.from_numpy(_square(_as_rgb(upright), size))
+            width, height = image.size
+            if width * height > max_pixels:
+                limit = f"expected at most {max_pixels} (data.max_pixels); reduce it first"
+                raise UserError(f"{name}: found {width} x {height} pixels, {limit}")
+            yield image
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file, expected a picture") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name}: {error}, expected at most {MAX_PIXELS} pixels") from None
     except Exception as error:  # decoders raise nearly anything on a damaged file
+        kind = describe_content(path) if path is not None else "a damaged picture"
+        reason = f"{kind}: {_short(error)}" if kind.endswith("picture") else kind
         what = "PNG, JPEG, GIF, WebP, BMP or TIFF"
-        raise UserError(f"{name}: not a readable picture ({_short(error)}), expected a whole {what}") from None
-
-
-def _refuse_bomb(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: found {width} x {height} pixels, expected at most {MAX_PIXELS}; reduce it first")
+        raise UserError(f"{name}: not a readable picture (found {reason}), expected a whole {what}") from None
 
 
 def _short(error: Exception) -> str:
@@ -111,40 +132,49 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
     return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
-def read_image_manifest(path: str | Path) -> list[Row]:
+def scan_image_manifest(path: str | Path, rules: DataConfig = RULES) -> Manifest[Row]:
+    """Rows and problems of a JSON list of ``{"image": path, "caption": text}``, optionally with ``negatives``."""
+
+    def more(row: Row) -> Iterator[str]:
+        negatives, swaps = row.values.get("negatives", []), row.values.get("swaps", {})
+        if not isinstance(negatives, list) or not all(isinstance(text, str) for text in negatives):
+            yield f"negatives: found {type_name(negatives)}, expected a list of texts"
+        if not isinstance(swaps, dict) or not all(isinstance(text, str) for text in swaps.values()):
+            yield f"swaps: found {type_name(swaps)}, expected an object of texts by kind"
+
+    return scan_json_list(Path(path), ["image", "caption"], ["image"], rules, more)
+
+
+def read_image_manifest(path: str | Path, rules: DataConfig = RULES) -> list[Row]:
     """Rows of a JSON list of ``{"image": path, "caption": text}``, optionally with ``negatives`` (a list of texts).
 
     Raises:
-        UserError: listing every entry that is not like that.
+        UserError: listing every entry that is not like that, unless the rules leave them out.
     """
-    rows, problems = read_json_list(Path(path), ["image", "caption"], ["image"]), []
-    for row in rows:
-        if not isinstance(row.values["caption"], str):
-            problems.append(f"{row.where}: caption: found a {type(row.values['caption']).__name__}, expected a text")
-        negatives, swaps = row.values.get("negatives", []), row.values.get("swaps", {})
-        if not isinstance(negatives, list) or not all(isinstance(text, str) for text in negatives):
-            problems.append(f"{row.where}: negatives: expected a list of texts")
-        if not isinstance(swaps, dict) or not all(isinstance(text, str) for text in swaps.values()):
-            problems.append(f"{row.where}: swaps: expected an object of texts by kind")
-    raise_problems(problems)
-    return rows
+    return scan_image_manifest(path, rules).usable(rules)
 
 
 class Pictures:
     """The pictures of a manifest as pixels: decoded once and kept in memory as far as they fit.
 
     All are decoded (beyond that, their headers read) before training begins, so that a damaged file is known before
-    hours have passed, and every one of them is named.
+    hours have passed, and every one of them is named. ``rows`` are those that the rules let pass.
     """
 
-    def __init__(self, rows: Sequence[Row], size: int) -> None:
-        self.rows, self.size = list(rows), size
+    def __init__(self, rows: Sequence[Row], size: int, rules: DataConfig = RULES) -> None:
+        self.rows, self.size, self.max_pixels = list(rows), size, rules.max_pixels
         kept = min(len(self.rows), _CACHE_BYTES // (3 * size * size))
         if kept < len(self.rows):
             log.info("%d of %d pictures are kept in memory, the others decoded when needed", kept, len(self.rows))
         self._pixels = np.empty((kept, 3, size, size), dtype=np.uint8)
         # Pillow decodes outside of Python's lock
-        raise_problems([problem for problem in map_small(self._read, range(len(self.rows))) if problem])
+        found = map_small(self._read, range(len(self.rows)))
+        problems = [problem for problem in found if problem]
+        if problems:
+            settle(problems, len(problems), len(rows), rules, manifest_of(rows[0]))
+            good = [index for index, problem in enumerate(found) if not problem]
+            self._pixels = self._pixels[[index for index in good if index < kept]]
+            self.rows = [self.rows[index] for index in good]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,9 +184,9 @@ class Pictures:
         path = self.rows[index].path("image")
         try:
             if index < len(self._pixels):
-                self._pixels[index] = load_image(path, self.size).numpy()
+                self._pixels[index] = load_image(path, self.size, max_pixels=self.max_pixels).numpy()
             else:
-                read_image_size(path)
+                read_image_size(path, self.max_pixels)
         except UserError as error:
             return f"{self.rows[index].where}: {error}"
         return ""
@@ -165,22 +195,7 @@ class Pictures:
         """Pixels [3, H, W] of picture ``index``, uint8; not to be written to."""
         if index < len(self._pixels):
             return self._pixels[index]
-        return load_image(self.rows[index].path("image"), self.size).numpy()
-
-
-def read_image_size(path: Path) -> tuple[int, int]:
-    """Width and height from a picture's header.
-
-    Raises:
-        UserError: for a file that is no picture or is larger than ``MAX_PIXELS``.
-    """
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            size = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({_short(error)})") from None
-    _refuse_bomb(size, str(path))
-    return size
+        return load_image(self.rows[index].path("image"), self.size, max_pixels=self.max_pixels).numpy()
 
 
 @dataclass
@@ -230,9 +245,17 @@ class Captioned:
     """Pictures and captions as the stream sees them."""
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, size: int, max_text_len: int, num_negatives: int, augment: bool
+        self,
+        rows: Sequence[Row],
+        tokenizer: Tokenizer,
+        size: int,
+        max_text_len: int,
+        num_negatives: int,
+        augment: bool,
+        rules: DataConfig = RULES,
     ) -> None:
-        self.pictures = Pictures(rows, size)
+        self.pictures = Pictures(rows, size, rules)
+        rows = self.pictures.rows
         self.max_text_len, self.num_negatives, self.augment = max_text_len, num_negatives, augment
         self.captions = [encode_caption(row.values["caption"], tokenizer, max_text_len) for row in rows]
         self.negatives = [

@@ -1,18 +1,37 @@
-"""Reading what the user brings: CSV, JSON and JSONL manifests and text files, with every problem named by its line."""
+"""Reading what the user brings: CSV, JSON and JSONL manifests and text files, with every problem named by its line.
+
+A reader gives a :class:`Manifest`: what can be used, and every problem. Training asks for ``usable`` samples, which by
+the data's rules is an error or leaves the bad ones out; `omni data check` lists the problems of all files.
+"""
 
 from __future__ import annotations
 
-import csv
+import codecs
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from omni.config import UserError
+from omni.config import DataConfig, UserError
+from omni.console import log
+from omni.data.entries import Entry, UnreadableError, parse_csv, parse_json_list, parse_jsonl, type_name
+from omni.files import LFS_POINTER, describe_content, file_problem, is_inside, shown
 
+RULES = DataConfig()  # the limits where a caller has none of its own
 _SHOWN = 20  # problems listed before "... and N more"
+_SHOWN_SKIPPED = 3
+
+Sample = TypeVar("Sample")
+Other = TypeVar("Other")
+
+
+class BadSamplesError(UserError):
+    """Problems of data, one line each; the message shows the first of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(first_problems(problems)))
+        self.problems = list(problems)
 
 
 @dataclass(frozen=True)
@@ -28,131 +47,251 @@ class Row:
         return self.folder / str(self.values[key])
 
 
+def manifest_of(row: Row) -> str:
+    """The manifest that a row is from, for messages about all of its rows."""
+    return row.where.split(": entry ")[0].rpartition(":")[0]
+
+
+@dataclass
+class Manifest(Generic[Sample]):
+    """What a file holds.
+
+    Attributes:
+        name: of the file, for messages.
+        samples: those without a problem.
+        problems: as ``file:line: what, expected what``; a sample may have several.
+        num_bad: samples that have any.
+    """
+
+    name: str
+    samples: list[Sample] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    num_bad: int = 0
+
+    def usable(self, rules: DataConfig) -> list[Sample]:
+        """The samples to work with.
+
+        Raises:
+            BadSamplesError: when the rules do not allow to leave the bad ones out, or none is left.
+        """
+        settle(self.problems, self.num_bad, self.num_bad + len(self.samples), rules, self.name)
+        if not self.samples:
+            raise UserError(f"{self.name}: no rows, expected at least one after a CSV's header or in a list")
+        return self.samples
+
+    def convert(self, function: Callable[[Sample], Other]) -> Manifest[Other]:
+        """The same file with every sample converted; a ValueError of ``function`` is that sample's problem."""
+        found: Manifest[Other] = Manifest(self.name, [], list(self.problems), self.num_bad)
+        for sample in self.samples:
+            try:
+                found.samples.append(function(sample))
+            except ValueError as error:
+                found.problems.append(str(error))
+                found.num_bad += 1
+        return found
+
+
+def first_problems(problems: Sequence[str]) -> list[str]:
+    """The first problems of a list and how many more there are."""
+    rest = len(problems) - _SHOWN
+    return [*problems[:_SHOWN], *([f"... and {rest} more problems"] if rest > 0 else [])]
+
+
 def raise_problems(problems: Sequence[str]) -> None:
     """Raise one error that lists every problem, capped with a count; does nothing without problems."""
     if problems:
-        shown = list(problems[:_SHOWN])
-        if len(problems) > _SHOWN:
-            shown.append(f"... and {len(problems) - _SHOWN} more problems")
-        raise UserError("\n".join(shown))
+        raise BadSamplesError(problems)
+
+
+def settle(problems: Sequence[str], num_bad: int, num_samples: int, rules: DataConfig, name: str) -> None:
+    """Do about bad samples what the rules say: an error that lists them, or a warning that counts them.
+
+    Args:
+        problems: of the bad samples, one line each.
+        num_bad: how many are bad, of ``num_samples``.
+        rules: ``on_bad_sample`` says what to do, ``max_bad_fraction`` up to how many.
+        name: of the file or part that they are from.
+
+    Raises:
+        BadSamplesError: unless they may be left out.
+    """
+    if not problems:
+        return
+    share = f"{num_bad} of {num_samples} samples cannot be used"
+    if rules.on_bad_sample == "error":
+        raise BadSamplesError(problems)
+    if num_bad > rules.max_bad_fraction * num_samples:
+        limit = f"expected at most {rules.max_bad_fraction:g} of them (data.max_bad_fraction)"
+        raise BadSamplesError([f"{name}: {share}, {limit}", *problems])
+    log.warning("%s: %s and are left out: %s", name, share, "; ".join(problems[:_SHOWN_SKIPPED]))
+
+
+# ---- text ----
 
 
 def read_text_file(path: Path) -> str:
-    """A UTF-8 file, without a byte order mark.
+    """A UTF-8 file, without a byte order mark and with ``\\n`` at the end of every line.
 
     Raises:
-        UserError: when it is missing, empty or not UTF-8.
+        UserError: when it is missing or empty, or listing every line that is not UTF-8 or has a NUL byte.
     """
+    if problem := file_problem(path):
+        hint = "; `omni data synth` writes the micro-world, docs/your-data.md the format"
+        if problem == "found an empty file":
+            raise UserError(f"{path}: empty, expected some text")
+        raise UserError(f"{path}: {problem.rstrip(':')}, expected a UTF-8 file{hint if 'no such' in problem else ''}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; `omni data synth` writes the micro-world, docs/your-data.md the format"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8, expected UTF-8 text") from None
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), expected a UTF-8 file") from None
-    if not text.strip():
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{path}: found {describe_content(path)}, expected a UTF-8 file")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}:1: not UTF-8 but UTF-16, expected UTF-8; save it as such")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = None
+    if text is None or b"\0" in data:
+        kind = describe_content(path)
+        hint = "" if "text" in kind or "no kind" in kind else f"; this is {kind}"
+        raise_problems([f"{path}:{line}: {problem}{hint}" for line, problem in _bad_bytes(data)])
+    if not text or not text.strip():
         raise UserError(f"{path}: empty, expected some text")
     return text
 
 
-def read_csv(path: Path, columns: Sequence[str], file_columns: Sequence[str]) -> list[Row]:
-    """Rows of a CSV file (comma, semicolon or tab).
+def _bad_bytes(data: bytes) -> Iterable[tuple[int, str]]:
+    """(line, what is wrong) of every line that is no text."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, f"not UTF-8 (byte 0x{line[error.start]:02x} after {error.start} others), expected UTF-8 text"
+            continue
+        if b"\0" in line:
+            yield number, "found a NUL byte, expected text"
+
+
+# ---- rows ----
+
+
+def no_more_checks(row: Row) -> Iterable[str]:
+    """For readers whose rows need no check of their own."""
+    return ()
+
+
+def scan_csv(
+    path: Path, columns: Sequence[str], file_columns: Sequence[str], rules: DataConfig = RULES
+) -> Manifest[Row]:
+    """Rows and problems of a CSV file (comma, semicolon or tab).
 
     Args:
         path: the manifest.
         columns: columns that must be there and not empty.
         file_columns: those of them that name files, which must exist.
+        rules: the limits of texts and paths.
 
     Raises:
-        UserError: listing every problem as ``file:line: what, expected what``.
+        UserError: when the file cannot be read, or from a line on cannot.
     """
     text = read_text_file(path)
-    head = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=head.count)
-    lines = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-    found = [name.strip() for name in lines.fieldnames or []]
-    lines.fieldnames = found
-    missing = [column for column in columns if column not in found]
-    if missing or len(set(found)) < len(found):
-        raise UserError(f"{path}:1: found columns {', '.join(found)}, expected {', '.join(columns)}, each once")
-    rows, problems = [], []
-    try:
-        for values in lines:
-            row = Row(
-                f"{path}:{lines.line_num}", path.parent, {k: (v or "") for k, v in values.items() if k is not None}
-            )
-            if None in values:
-                problems.append(
-                    f"{row.where}: more fields than columns, expected {len(found)}; quote a text with commas"
-                )
-            problems += _row_problems(row, columns, file_columns)
-            rows.append(row)
-    except csv.Error as error:
-        problems.append(f"{path}:{lines.line_num}: not valid CSV ({error})")
-    raise_problems(problems)
-    if not rows:
-        raise UserError(f"{path}: no rows after the header, expected at least one")
-    return rows
+    check = _TextColumns(columns, file_columns, rules)
+    return _rows(parse_csv(text, columns), path, "{path}:{line}", check)
 
 
-def read_json_list(path: Path, columns: Sequence[str], file_columns: Sequence[str]) -> list[Row]:
-    """Rows of a JSON list of objects; see :func:`read_csv`."""
+def scan_json_list(
+    path: Path,
+    columns: Sequence[str],
+    file_columns: Sequence[str],
+    rules: DataConfig = RULES,
+    more: Callable[[Row], Iterable[str]] = no_more_checks,
+) -> Manifest[Row]:
+    """Rows and problems of a JSON list of objects; see :func:`scan_csv`. ``more`` gives further problems of a row."""
     text = read_text_file(path)
+    check = _TextColumns(columns, file_columns, rules, more)
+    # a list may be written on one line
+    return _rows(parse_json_list(text), path, "{path}:{line}: entry {number}", check)
+
+
+def scan_jsonl(path: Path, columns: Sequence[str]) -> Manifest[Row]:
+    """Rows and problems of a file with one JSON object a line, of which each needs ``columns`` of any type."""
+    text = read_text_file(path)
+
+    def check(row: Row) -> Iterable[str]:
+        return [f"found no {column}, expected one" for column in columns if row.values.get(column) is None]
+
+    return _rows(parse_jsonl(text), path, "{path}:{line}", check)
+
+
+def _rows(entries: Iterable[Entry], path: Path, pattern: str, check: Callable[[Row], Iterable[str]]) -> Manifest[Row]:
+    found: Manifest[Row] = Manifest(str(path))
     try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(items, list):
-        raise UserError(f"{path}: found a JSON {type(items).__name__}, expected a list of objects")
-    return _rows(
-        [(f"{path}: entry {number}", item) for number, item in enumerate(items, 1)], path, columns, file_columns
-    )
+        for number, entry in enumerate(entries, 1):
+            row = Row(pattern.format(path=path, line=entry.line, number=number), path.parent, entry.value)
+            problems = [entry.problem] if entry.problem else list(check(row))
+            found.problems += [f"{row.where}: {problem}" for problem in problems]
+            found.num_bad += bool(problems)
+            if not problems:
+                found.samples.append(row)
+    except UnreadableError as error:
+        raise BadSamplesError([*found.problems, f"{path}:{error.line}: {error.problem}"]) from None
+    return found
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Rows of a file with one JSON object a line; see :func:`read_csv`."""
-    items, problems = [], []
-    for number, line in enumerate(read_text_file(path).split("\n"), 1):
-        if line.strip():
-            try:
-                items.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                problems.append(f"{path}:{number}: not valid JSON ({error.msg})")
-    raise_problems(problems)
-    return _rows(items, path, columns, ())
+@dataclass(frozen=True)
+class _TextColumns:
+    """The problems of a row whose columns are texts, some of them names of files."""
+
+    columns: Sequence[str]
+    file_columns: Sequence[str]
+    rules: DataConfig
+    more: Callable[[Row], Iterable[str]] = no_more_checks
+
+    def __call__(self, row: Row) -> Iterable[str]:
+        problems = []
+        for column in self.columns:
+            value = row.values.get(column)
+            if value is None or (isinstance(value, str) and not value.strip()):
+                problems.append(f"found no {column}, expected one")
+            elif not isinstance(value, str):
+                expected = "a path" if column in self.file_columns else "a text"
+                problems.append(f"{column}: found {type_name(value)}, expected {expected}")
+            elif column in self.file_columns:
+                problem = path_problem(value, row.folder, row.folder, self.rules)
+                problems += [f"{column}: {problem}"] if problem else []
+            elif len(value) > self.rules.max_text_chars:
+                problems.append(f"{column}: {too_long(len(value), self.rules)}")
+        return [*problems, *self.more(row)]
 
 
-def _rows(
-    items: Sequence[tuple[str, Any]], path: Path, columns: Sequence[str], file_columns: Sequence[str]
-) -> list[Row]:
-    rows, problems = [], []
-    for where, item in items:
-        if not isinstance(item, dict):
-            problems.append(f"{where}: found a JSON {type(item).__name__}, expected an object")
-            continue
-        row = Row(where, path.parent, item)
-        problems += _row_problems(row, columns, file_columns)
-        rows.append(row)
-    raise_problems(problems)
-    if not rows:
-        raise UserError(f"{path}: no entries, expected at least one")
-    return rows
+def too_long(length: int, rules: DataConfig) -> str:
+    """The problem of a text of ``length`` characters."""
+    return f"found {length} characters, expected at most {rules.max_text_chars} (data.max_text_chars)"
 
 
-def _row_problems(row: Row, columns: Sequence[str], file_columns: Sequence[str]) -> list[str]:
-    problems = []
-    for column in columns:
-        value = row.values.get(column)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            problems.append(f"{row.where}: found no {column}, expected one")
-        elif column in file_columns and not isinstance(value, str):
-            problems.append(f"{row.where}: {column}: found a {type(value).__name__}, expected a path")
-        elif column in file_columns and not row.path(column).is_file():
-            problems.append(f"{row.where}: {column}: no such file {row.path(column)}, expected an existing one")
-    return problems
+def path_problem(name: str, folder: Path, data_folder: Path, rules: DataConfig) -> str:
+    """What is wrong with a file that a manifest names; "" if nothing is.
+
+    Args:
+        name: as written.
+        folder: of the manifest, which ``name`` is relative to.
+        data_folder: what the file must lie in, unless the rules allow others.
+        rules: ``allow_outside_paths``.
+    """
+    path = folder / name
+    outside = f"expected a path inside of {data_folder} (or set data.allow_outside_paths)"
+    if Path(name).is_absolute() and not rules.allow_outside_paths:
+        return f"found the absolute path {shown(name)}, {outside}"
+    if problem := file_problem(path):
+        hint = "; write its path with /" if "\\" in name and not file_problem(folder / name.replace("\\", "/")) else ""
+        return f"{problem} {shown(str(path))}, expected an existing file{hint}"
+    if not rules.allow_outside_paths and not is_inside(path, data_folder):
+        return f"found {shown(str(path))}, which lies elsewhere, {outside}"
+    return ""
 
 
 def hash_files(*paths: str | Path) -> str:

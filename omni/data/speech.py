@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 
-from omni.audio import MelConfig, load_audio, log_mel, spec_augment
-from omni.config import UserError
-from omni.data.manifest import Row, raise_problems, read_csv
+from omni.audio import MelConfig, load_audio, log_mel, recording_seconds, spec_augment
+from omni.config import DataConfig, UserError
+from omni.data.manifest import RULES, Manifest, Row, manifest_of, scan_csv, settle
 from omni.data.stream import Batch, pad_to
 from omni.parallel import map_small
 from omni.runtime import log
@@ -33,61 +33,81 @@ class SpeechBatch(Batch):
 
 
 class Recordings:
-    """Log-mel frames of the recordings of a manifest, computed when first asked for and then kept in memory."""
+    """Log-mel frames of the recordings of a manifest, kept in memory as far as they fit.
 
-    def __init__(self, rows: Sequence[Row], mel: MelConfig, max_seconds: float = 30.0) -> None:
-        self.rows, self.mel = list(rows), mel
-        self._kept: dict[int, np.ndarray] = {}
-        self._bytes = 0
-        self.num_frames, problems = [], []
-        for row in self.rows:
+    All are decoded (beyond that, their headers read) before training begins, so that a damaged file is known before
+    hours have passed, and every one of them is named.
+
+    Args:
+        rows: of a manifest; those whose recording is damaged or too long are an error or left out, as the rules say.
+        mel: how frames are computed.
+        rules: the limits of the data.
+        name: of the data, for messages; by default the first row's manifest.
+    """
+
+    def __init__(self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES, name: str = "") -> None:
+        self.mel = mel
+        frames_or_problems = self._read_all(rows, rules)
+        problems = [found for found in frames_or_problems if isinstance(found, str)]
+        settle(problems, len(problems), len(rows), rules, name or (manifest_of(rows[0]) if rows else ""))
+        good = [(row, found) for row, found in zip(rows, frames_or_problems, strict=True) if not isinstance(found, str)]
+        self.rows = [row for row, _ in good]
+        self.num_frames = [found if isinstance(found, int) else len(found) for _, found in good]
+        self._kept = {index: found for index, (_, found) in enumerate(good) if not isinstance(found, int)}
+
+    def _read_all(self, rows: Sequence[Row], rules: DataConfig) -> list[np.ndarray | int | str]:
+        """Frames [F, M] of every recording; their number alone once the memory is full; or what is wrong with it."""
+
+        def read(row: Row, decode: bool) -> np.ndarray | int | str:
             try:
-                seconds = recording_seconds(row.path("wav"))
+                seconds = recording_seconds(row.path("wav"), rules.max_audio_seconds)
+                return self._compute(row) if decode else int(seconds * self.mel.frame_rate)
             except UserError as error:
-                problems.append(f"{row.where}: {error}")
-                continue
-            if seconds > max_seconds:
-                problems.append(f"{row.where}: found {seconds:.1f} s of sound, expected at most {max_seconds:g} s")
-            self.num_frames.append(int(seconds * mel.frame_rate))
-        raise_problems(problems)
+                return f"{row.where}: {error}"
+
+        sizes = map_small(lambda row: read(row, decode=False), rows)
+        total = itertools.accumulate(size if isinstance(size, int) else 0 for size in sizes)
+        most = _CACHE_BYTES // (2 * self.mel.num_mels)
+        plan = zip(rows, sizes, total, strict=True)
+        return map_small(
+            lambda item: read(item[0], decode=True) if isinstance(item[1], int) and item[2] <= most else item[1], plan
+        )
+
+    def _compute(self, row: Row) -> np.ndarray:
+        """Frames [F, M] in half precision."""
+        return log_mel(self.mel)(load_audio(row.path("wav"), self.mel.sample_rate)).half().numpy()
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def only(self, indices: Sequence[int]) -> None:
+        """Forget all recordings but these."""
+        self.rows = [self.rows[index] for index in indices]
+        self.num_frames = [self.num_frames[index] for index in indices]
+        self._kept = {new: self._kept[old] for new, old in enumerate(indices) if old in self._kept}
+
     def frames(self, index: int) -> torch.Tensor:
         """Log-mel frames [F, M] of recording ``index``."""
         kept = self._kept.get(index)
-        if kept is None:
-            wave = load_audio(self.rows[index].path("wav"), self.mel.sample_rate)
-            kept = log_mel(self.mel)(wave).half().numpy()
-            if self._bytes + kept.nbytes <= _CACHE_BYTES:
-                self._kept[index] = kept
-                self._bytes += kept.nbytes
-        return torch.from_numpy(kept).float()
+        return torch.from_numpy(self._compute(self.rows[index]) if kept is None else kept).float()
 
     def all_frames(self) -> list[torch.Tensor]:
         """Log-mel frames [F, M] of every recording."""
         return map_small(self.frames, range(len(self)))
 
 
-def recording_seconds(path: Path) -> float:
-    """Length of a recording, read from its header.
+def scan_speech_manifest(path: str | Path, rules: DataConfig = RULES) -> Manifest[Row]:
+    """Rows and problems of a CSV with the columns wav, text and optionally speaker."""
+    return scan_csv(Path(path), ["wav", "text"], ["wav"], rules)
+
+
+def read_speech_manifest(path: str | Path, rules: DataConfig = RULES) -> list[Row]:
+    """Rows of a CSV with the columns wav, text and optionally speaker.
 
     Raises:
-        UserError: when the file is not a recording or is empty.
+        UserError: listing every row that is not like that, unless the rules leave them out.
     """
-    try:
-        info = soundfile.info(str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not a readable recording ({error}), expected wav, flac, ogg, opus or mp3") from None
-    if info.frames == 0:
-        raise UserError(f"{path}: found no samples, expected a recording")
-    return float(info.frames / info.samplerate)
-
-
-def read_speech_manifest(path: str | Path) -> list[Row]:
-    """Rows of a CSV with the columns wav, text and optionally speaker."""
-    return read_csv(Path(path), ["wav", "text"], ["wav"])
+    return scan_speech_manifest(path, rules).usable(rules)
 
 
 class Transcribed:
@@ -98,27 +118,33 @@ class Transcribed:
     """
 
     def __init__(
-        self, rows: Sequence[Row], mel: MelConfig, num_steps: Callable[[int], int], augment: bool, name: str
+        self,
+        rows: Sequence[Row],
+        mel: MelConfig,
+        num_steps: Callable[[int], int],
+        augment: bool,
+        name: str,
+        rules: DataConfig = RULES,
     ) -> None:
-        everything = Recordings(rows, mel)
-        self.symbols: list[list[int]] = []
-        kept = []
-        for row, frames in zip(everything.rows, everything.num_frames, strict=True):
-            symbols = Characters().encode(spoken_text(str(row.values["text"])))
-            if symbols and needed_steps(symbols) <= num_steps(frames):
-                kept.append(row)
-                self.symbols.append(symbols)
-        self.infeasible = len(rows) - len(kept)
+        self.recordings = Recordings(rows, mel, rules, name)
+        everything = [Characters().encode(spoken_text(str(row.values["text"]))) for row in self.recordings.rows]
+        kept = [
+            index
+            for index, (symbols, frames) in enumerate(zip(everything, self.recordings.num_frames, strict=True))
+            if symbols and needed_steps(symbols) <= num_steps(frames)
+        ]
+        self.infeasible = len(everything) - len(kept)
         if self.infeasible:
             log.warning(
                 "%s: %d of %d utterances have more characters than CTC steps and are left out",
                 name,
                 self.infeasible,
-                len(rows),
+                len(everything),
             )
         if not kept:
             raise UserError(f"{name}: no utterance is long enough for its transcript; is the text in the right column?")
-        self.recordings = Recordings(kept, mel)
+        self.recordings.only(kept)
+        self.symbols = [everything[index] for index in kept]
         self.augment = augment
 
     def __len__(self) -> int:

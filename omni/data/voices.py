@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from omni.audio import SILENCE, MelConfig, load_audio
-from omni.config import UserError
-from omni.data.manifest import Row
+from omni.config import DataConfig, UserError
+from omni.data.manifest import RULES, Row
 from omni.data.speech import Recordings
 from omni.data.stream import Batch, pad_to
 from omni.speech_text import spoken_words, units
@@ -22,10 +22,10 @@ from omni.timing import FramePlan, TalkerText, plan_batch, plan_frames, unit_sym
 class Voices:
     """Recordings, who speaks in each, and what is said. Log-mel frames and samples are kept once read."""
 
-    def __init__(self, rows: Sequence[Row], mel: MelConfig) -> None:
-        self.recordings = Recordings(rows, mel)
+    def __init__(self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES) -> None:
+        self.recordings = Recordings(rows, mel, rules)
         self.mel = mel
-        self.speakers = [str(row.values.get("speaker") or "") for row in rows]
+        self.speakers = [str(row.values.get("speaker") or "") for row in self.recordings.rows]
         self._samples: dict[int, np.ndarray] = {}
         self._of: dict[str, list[int]] = {}
         for index, speaker in enumerate(self.speakers):

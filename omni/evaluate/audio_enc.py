@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from omni.audio import recording_seconds
 from omni.data.speech import Recordings, pad_frames, read_speech_manifest
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder, transcripts
@@ -49,17 +50,20 @@ def recognize_manifest(encoder: AudioEncoder, manifest: str | Path, limit: int |
     """Recognize every recording of a manifest (or the first ``limit``)."""
     rows = read_speech_manifest(manifest)[:limit]
     recordings = Recordings(rows, encoder.config.mel)
-    return Recognition([str(row.values["text"]) for row in rows], transcribe(encoder, recordings.all_frames()))
+    return Recognition(
+        [str(row.values["text"]) for row in recordings.rows], transcribe(encoder, recordings.all_frames())
+    )
 
 
 def infeasible(encoder: AudioEncoder, manifest: str | Path) -> Figure:
     """Share of utterances with more characters than CTC steps can hold."""
     rows = read_speech_manifest(manifest)
-    recordings = Recordings(rows, encoder.config.mel)
+    rate = encoder.config.mel.frame_rate
+    num_frames = [int(recording_seconds(row.path("wav")) * rate) for row in rows]
     symbols = [Characters().encode(spoken_text(str(row.values["text"]))) for row in rows]
     return ratio(
         [
             float(needed_steps(item) > encoder.num_steps(frames))
-            for item, frames in zip(symbols, recordings.num_frames, strict=True)
+            for item, frames in zip(symbols, num_frames, strict=True)
         ]
     )

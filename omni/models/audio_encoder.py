@@ -43,6 +43,12 @@ class AudioEncoderConfig:
     dropout: float = 0.1
     mel: MelConfig = field(default_factory=MelConfig)
 
+    def num_steps(self, num_frames: int) -> int:
+        """CTC steps for a number of mel frames."""
+        for _ in range(self.reduction.bit_length() - 1):
+            num_frames = (num_frames + 1) // 2
+        return num_frames * self.steps_per_state
+
     def problems(self) -> Iterator[Problem]:
         """Shapes that cannot be built."""
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -110,7 +116,7 @@ class AudioEncoder(nn.Module):
 
     def num_steps(self, num_frames: int) -> int:
         """CTC steps for a number of mel frames."""
-        return int(self.num_states(torch.tensor(num_frames))) * self.config.steps_per_state
+        return self.config.num_steps(num_frames)
 
     def forward(self, frames_BFM: torch.Tensor, num_frames_B: torch.Tensor) -> AudioOutput:
         """Encode normalized log-mel frames (:class:`omni.audio.LogMel`), padded to the longest.
