@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     synth.add_argument("--seed", type=int, default=0)
     synth.set_defaults(function=_synth)
-    check = kinds.add_parser("check", help="read every manifest that configurations name; list all problems")
+    check = kinds.add_parser("check", help="read all data that configurations name; list all problems")
     check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
     check.set_defaults(function=_check)
     return parser
@@ -94,11 +94,11 @@ def _synth(words: argparse.Namespace) -> int:
 def _check(words: argparse.Namespace) -> int:
     from omni.data.check import check_configs
 
-    problems = check_configs(words.configs)
-    for problem in problems:
-        print(problem)
-    print(f"{len(words.configs)} configurations, {len(problems)} problems")
-    return 1 if problems else 0
+    found = check_configs(words.configs)
+    for line in found.lines:
+        print(line)
+    print(f"{len(words.configs)} configurations, {found.num_problems} problems, {found.num_warnings} warnings")
+    return 1 if found.num_problems else 0
 
 
 if __name__ == "__main__":

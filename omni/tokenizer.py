@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import re
-import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from omni.config import UserError
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 IMAGE, AUDIO = "<|image|>", "<|audio|>"
 SPECIALS = (USER, ASSISTANT, SYSTEM, END, IMAGE, AUDIO)
+MAX_LINE_BYTES = 100_000  # of a line; SentencePiece learns nothing from longer ones
 IGNORE = -100  # label of positions without a target
 
 
@@ -59,7 +60,7 @@ class Tokenizer:
                 unk_id=1,
                 bos_id=-1,
                 eos_id=-1,
-                max_sentence_length=100_000,
+                max_sentence_length=MAX_LINE_BYTES,
                 num_threads=1,
                 minloglevel=2,
             )
@@ -124,9 +125,13 @@ class Characters:
     blank, unk, pad = 0, 96, 97
     size = 98
 
+    def knows(self, character: str) -> bool:
+        """Whether a character has a symbol of its own."""
+        return " " <= character <= "~"
+
     def encode(self, text: str) -> list[int]:
         """One symbol a character."""
-        return [ord(c) - 31 if 32 <= ord(c) <= 126 else self.unk for c in text]
+        return [ord(c) - 31 if self.knows(c) else self.unk for c in text]
 
     def decode(self, symbols: Iterable[int]) -> str:
         """The text of symbols; blank and pad say nothing, an unknown character is written as U+FFFD."""
@@ -138,10 +143,19 @@ def needed_steps(symbols: Sequence[int]) -> int:
     return len(symbols) + sum(a == b for a, b in itertools.pairwise(symbols))
 
 
-_NOT_SPOKEN = str.maketrans({c: " " for c in string.punctuation if c != "'"})
+class _NotSpoken(dict[int, str]):
+    """For ``str.translate``: punctuation and symbols of any script become a space; all else stays as it is."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = " " if unicodedata.category(character)[0] in "PS" else character
+        return self[code]
+
+
+_NOT_SPOKEN = _NotSpoken({ord("'"): "'", ord("\u2019"): "'"})
 
 
 def spoken_text(text: str) -> str:
     """Text as it sounds: lowercase, no punctuation but apostrophes, single spaces. Used for CTC targets and for WER."""
-    text = text.lower().replace("\u2019", "'").translate(_NOT_SPOKEN)
+    text = text.lower().translate(_NOT_SPOKEN)
     return " ".join(re.sub(r"(?<![a-z])'|'(?![a-z])", " ", text).split())

@@ -80,7 +80,7 @@ def test_data_check_lists_all_problems(babble: Path, tmp_path: Path, capsys: pyt
         "none.json: no such",
     ):
         assert expected in said, expected
-    assert "4 configurations, 5 problems" in said
+    assert "4 configurations, 5 problems, 0 warnings" in said
 
 
 def write(folder: Path, name: str, **data: Any) -> Path:

@@ -34,6 +34,11 @@ class BadSamplesError(UserError):
         self.problems = list(problems)
 
 
+def problems_of(error: UserError) -> list[str]:
+    """Everything that an error of a reader says, one problem a line."""
+    return error.problems if isinstance(error, BadSamplesError) else str(error).splitlines()
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a manifest. ``where`` is ``file:line`` for messages; paths in ``values`` are as written."""

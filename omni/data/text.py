@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from omni.config import UserError
-from omni.data.manifest import read_text_file
+from omni.config import DataConfig, UserError
+from omni.data.manifest import RULES, problems_of, raise_problems, read_text_file, settle, too_long
 from omni.data.stream import Batch
-from omni.tokenizer import ASSISTANT, END, IGNORE, SYSTEM, USER, Tokenizer
+from omni.tokenizer import ASSISTANT, END, IGNORE, MAX_LINE_BYTES, SYSTEM, USER, Tokenizer
 
 
 @dataclass
@@ -44,19 +44,61 @@ class TextBatch(Batch):
         return same.tril()[:, None]
 
 
-def read_text(path: str | Path) -> str:
-    """A text file, or all ``*.txt`` files of a folder in the order of their names.
+def scan_text(path: str | Path, rules: DataConfig = RULES) -> tuple[str, list[str]]:
+    """A text file, or all ``*.txt`` files of a folder in the order of their names; and the problems of their lines.
+
+    Lines that are too long are not in the text.
 
     Raises:
-        UserError: when there is none, or one is empty or not UTF-8.
+        UserError: when there is no such file, or listing what cannot be read in them.
     """
     path = Path(path)
     if not path.is_dir():
-        return read_text_file(path)
+        return _without_long_lines(path, rules)
     files = sorted(path.glob("*.txt"))
     if not files:
         raise UserError(f"{path}: found no *.txt file in this folder, expected at least one")
-    return "\n\n".join(read_text_file(file).strip("\n") for file in files) + "\n"
+    parts, problems, unreadable = [], list[str](), list[str]()
+    for file in files:
+        try:
+            part, more = _without_long_lines(file, rules)
+        except UserError as error:
+            unreadable += problems_of(error)
+            continue
+        parts.append(part.strip("\n"))
+        problems += more
+    if unreadable:
+        raise_problems([*unreadable, *problems])
+    return "\n\n".join(parts) + "\n", problems
+
+
+def read_text(path: str | Path, rules: DataConfig = RULES) -> str:
+    """A text file, or all ``*.txt`` files of a folder in the order of their names.
+
+    Raises:
+        UserError: when there is none, one is empty or not UTF-8, or lines are too long, unless the rules leave these
+            out.
+    """
+    text, problems = scan_text(path, rules)
+    settle(problems, len(problems), len(problems) + text.count("\n"), rules, str(path))
+    return text
+
+
+def _without_long_lines(path: Path, rules: DataConfig) -> tuple[str, list[str]]:
+    """A file's text without the lines that are longer than ``max_text_chars``, and a problem for each of these."""
+    text, most = read_text_file(path), rules.max_text_chars
+    kept, problems, begin, at = [], list[str](), 0, 0
+    while len(text) - at > most:
+        # a window of one character more than allowed, with no line's end in it, is in a line that is too long
+        line_end = text.rfind("\n", at, at + most + 1)
+        if line_end < 0:
+            line_end = text.find("\n", at)
+            line_end = len(text) if line_end < 0 else line_end
+            problems.append(f"{path}:{text.count(chr(10), 0, at) + 1}: {too_long(line_end - at, rules)}")
+            kept.append(text[begin:at])
+            begin = line_end + 1
+        at = line_end + 1
+    return "".join([*kept, text[begin:]]) if problems else text, problems
 
 
 def split_text(text: str, share: float) -> tuple[str, str]:
@@ -66,6 +108,23 @@ def split_text(text: str, share: float) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
+def pieces(line: str) -> Iterator[str]:
+    """A line as it is, or in pieces of at most ``MAX_LINE_BYTES`` where it is longer.
+
+    They begin at a space, as tokens do, so that they make the tokens of the line; where no space is near, anywhere.
+    """
+    most = MAX_LINE_BYTES // 4  # characters, of 4 bytes at most
+    start = 0
+    while len(line) - start > most:
+        end = line.rfind(" ", start + 1, start + most + 1)
+        while end > start and line[end - 1] == " ":  # several spaces may be one token
+            end -= 1
+        end = end if end > start else start + most
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
 def learn_tokenizer(text: str, vocab_size: int, cache: Path) -> Tokenizer:
     """The tokenizer of a text, learned once and kept in ``cache``."""
     key = hashlib.sha256(f"{vocab_size}\n{text}".encode()).hexdigest()[:16]
@@ -73,7 +132,8 @@ def learn_tokenizer(text: str, vocab_size: int, cache: Path) -> Tokenizer:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_bytes(Tokenizer.train(text.splitlines(), vocab_size).model)
+        lines = (piece for line in text.splitlines() for piece in pieces(line))
+        partial.write_bytes(Tokenizer.train(lines, vocab_size).model)
         partial.replace(path)
     return Tokenizer(path.read_bytes())
 
@@ -85,10 +145,12 @@ def tokenize(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
     path = cache / f"tokens-{key}.bin"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # line by line: SentencePiece needs memory in proportion to its longest input
-        tokens = [token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)]
         partial = path.with_suffix(".partial")
-        np.asarray(tokens, dtype=kind).tofile(partial)
+        with partial.open("wb") as file:
+            # piece by piece: SentencePiece needs memory in proportion to its longest input
+            for line in text.splitlines(keepends=True):
+                for piece in pieces(line):
+                    file.write(np.asarray(tokenizer.encode(piece), dtype=kind).tobytes())
         partial.replace(path)
     return np.memmap(path, dtype=kind, mode="r")
 
