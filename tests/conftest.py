@@ -71,3 +71,8 @@ def metrics(save_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl`` without what depends on the clock."""
     lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def write_tone(path: Path, seconds: float, pitch: float = 440) -> None:
+    """A short recording."""
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * pitch * np.arange(int(16000 * seconds)) / 16000), 16000)

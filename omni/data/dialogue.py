@@ -67,7 +67,7 @@ class Chat:
 
 def scan_chats(path: str | Path, rules: DataConfig = RULES) -> Manifest[Chat]:
     """Chats and problems of a JSONL file, the headers of their pictures and recordings read."""
-    return scan_jsonl(Path(path), ["messages"]).convert(lambda row: _chat(row, rules))
+    return scan_jsonl(Path(path), lambda row: _chat(row, rules))
 
 
 def read_chats(path: str | Path, rules: DataConfig = RULES) -> list[Chat]:
@@ -81,32 +81,29 @@ def read_chats(path: str | Path, rules: DataConfig = RULES) -> list[Chat]:
 
 
 def _chat(row: Row, rules: DataConfig) -> Chat:
-    """A row as a chat; a ValueError says where and what is wrong."""
-    try:
-        messages = row.values["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"messages: found {type_name(messages)}, expected a list of at least one message")
-        parsed = parse_messages(messages)
-        if parsed[-1].role != "assistant":
-            raise ValueError(f"the last message: found the {parsed[-1].role}'s, expected the assistant's")
-        located = [
-            Message(message.role, tuple(_located(row, part, rules) for part in message.parts)) for message in parsed
-        ]
-        values = row.values
-        template = values.get("template", "")
-        if not isinstance(template, str | list):
-            raise ValueError(f"template: found {type_name(template)}, expected a text or a list of texts")
-        return Chat(
-            row.where,
-            located,
-            str(values.get("task", "chat")),
-            template,
-            str(values.get("held_out", "")),
-            values.get("speak") is True,
-            str(values.get("transcript", "")),
-        )
-    except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from None
+    """A row as a chat; a ValueError says what is wrong."""
+    values = row.values
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages: found {type_name(messages)}, expected a list of at least one message")
+    parsed = parse_messages(messages)
+    if parsed[-1].role != "assistant":
+        raise ValueError(f"the last message: found the {parsed[-1].role}'s, expected the assistant's")
+    for key in ("task", "held_out", "transcript"):
+        if key in values and not isinstance(values[key], str):
+            raise ValueError(f"{key}: found {type_name(values[key])}, expected a text")
+    template = values.get("template", "")
+    if not isinstance(template, str | list):
+        raise ValueError(f"template: found {type_name(template)}, expected a text or a list of texts")
+    return Chat(
+        row.where,
+        [Message(message.role, tuple(_located(row, part, rules) for part in message.parts)) for message in parsed],
+        values.get("task", "chat"),
+        template,
+        values.get("held_out", ""),
+        values.get("speak") is True,
+        values.get("transcript", ""),
+    )
 
 
 def _located(row: Row, part: Part, rules: DataConfig) -> Part:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections import Counter
@@ -49,30 +48,31 @@ def parse_csv(text: str, columns: Iterable[str]) -> Iterator[Entry]:
         columns: that the header must have.
 
     Raises:
-        UnreadableError: for a header without one of ``columns`` or with one twice, and for a quote that stays open.
+        UnreadableError: for a header without one of ``columns`` or with one twice.
     """
-    lead = len(text) - len(text.lstrip("\n"))
-    header = text[lead:].partition("\n")[0]
-    delimiter = max(",;\t", key=re.sub(r'"[^"]*"', "", header).count)
-    # strict: a quote that is never closed, or closed in the middle of a field, is a mistake
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    names: list[str] = []
+    lines = text.split("\n")
+    header = re.sub(r'"[^"]*"', "", next(filter(str.strip, lines), ""))
+    delimiter = max(",;\t", key=header.count)
+
+    def rows_from(start: int) -> Any:
+        # strict: a quote that is never closed, or closed in the middle of a field, is a mistake
+        rest = (lines[index] + "\n" for index in range(start, len(lines)))
+        return csv.reader(rest, delimiter=delimiter, strict=True, skipinitialspace=True)
+
+    rows, start, names = rows_from(0), 0, list[str]()
     while True:
-        line = rows.line_num + 1
+        line = start + rows.line_num + 1
         try:
             fields = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise UnreadableError(
-                    line, "a quote that is opened here is never closed, expected a second one"
-                ) from None
+            problem = f"not valid CSV ({error}), expected quotes around a whole field, doubled inside it"
             if not names:
-                raise UnreadableError(line, f"not a CSV header ({error}), expected columns") from None
-            yield Entry(
-                line, None, f"not valid CSV ({error}), expected a field's quotes around all of it, doubled inside"
-            )
+                raise UnreadableError(line, problem) from None
+            yield Entry(line, None, problem)
+            # an open quote takes the lines after it along: they are read again, as rows of their own
+            rows, start = rows_from(line), line
             continue
         if not any(field.strip() for field in fields):
             continue

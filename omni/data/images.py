@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from omni.config import DataConfig, UserError
 from omni.data.entries import type_name
-from omni.data.manifest import RULES, Manifest, Row, manifest_of, scan_json_list, settle
+from omni.data.manifest import RULES, Manifest, Row, manifest_of, raise_problems, scan_json_list, settle, text_problems
 from omni.data.stream import Batch, pad_to
 from omni.files import describe_content, file_problem
 from omni.parallel import map_small
@@ -135,14 +135,17 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
 def scan_image_manifest(path: str | Path, rules: DataConfig = RULES) -> Manifest[Row]:
     """Rows and problems of a JSON list of ``{"image": path, "caption": text}``, optionally with ``negatives``."""
 
-    def more(row: Row) -> Iterator[str]:
+    def check(row: Row) -> Row:
+        problems = text_problems(row, ["image", "caption"], ["image"], rules)
         negatives, swaps = row.values.get("negatives", []), row.values.get("swaps", {})
         if not isinstance(negatives, list) or not all(isinstance(text, str) for text in negatives):
-            yield f"negatives: found {type_name(negatives)}, expected a list of texts"
+            problems.append(f"negatives: found {type_name(negatives)}, expected a list of texts")
         if not isinstance(swaps, dict) or not all(isinstance(text, str) for text in swaps.values()):
-            yield f"swaps: found {type_name(swaps)}, expected an object of texts by kind"
+            problems.append(f"swaps: found {type_name(swaps)}, expected an object of texts by kind")
+        raise_problems(problems)
+        return row
 
-    return scan_json_list(Path(path), ["image", "caption"], ["image"], rules, more)
+    return scan_json_list(Path(path), check)
 
 
 def read_image_manifest(path: str | Path, rules: DataConfig = RULES) -> list[Row]:

@@ -23,7 +23,6 @@ _SHOWN = 20  # problems listed before "... and N more"
 _SHOWN_SKIPPED = 3
 
 Sample = TypeVar("Sample")
-Other = TypeVar("Other")
 
 
 class BadSamplesError(UserError):
@@ -34,7 +33,7 @@ class BadSamplesError(UserError):
         self.problems = list(problems)
 
 
-def problems_of(error: UserError) -> list[str]:
+def problems_of(error: ValueError) -> list[str]:
     """Everything that an error of a reader says, one problem a line."""
     return error.problems if isinstance(error, BadSamplesError) else str(error).splitlines()
 
@@ -83,17 +82,6 @@ class Manifest(Generic[Sample]):
         if not self.samples:
             raise UserError(f"{self.name}: no rows, expected at least one after a CSV's header or in a list")
         return self.samples
-
-    def convert(self, function: Callable[[Sample], Other]) -> Manifest[Other]:
-        """The same file with every sample converted; a ValueError of ``function`` is that sample's problem."""
-        found: Manifest[Other] = Manifest(self.name, [], list(self.problems), self.num_bad)
-        for sample in self.samples:
-            try:
-                found.samples.append(function(sample))
-            except ValueError as error:
-                found.problems.append(str(error))
-                found.num_bad += 1
-        return found
 
 
 def first_problems(problems: Sequence[str]) -> list[str]:
@@ -184,11 +172,6 @@ def _bad_bytes(data: bytes) -> Iterable[tuple[int, str]]:
 # ---- rows ----
 
 
-def no_more_checks(row: Row) -> Iterable[str]:
-    """For readers whose rows need no check of their own."""
-    return ()
-
-
 def scan_csv(
     path: Path, columns: Sequence[str], file_columns: Sequence[str], rules: DataConfig = RULES
 ) -> Manifest[Row]:
@@ -203,74 +186,62 @@ def scan_csv(
     Raises:
         UserError: when the file cannot be read, or from a line on cannot.
     """
-    text = read_text_file(path)
-    check = _TextColumns(columns, file_columns, rules)
-    return _rows(parse_csv(text, columns), path, "{path}:{line}", check)
+
+    def check(row: Row) -> Row:
+        raise_problems(text_problems(row, columns, file_columns, rules))
+        return row
+
+    return _scan(parse_csv(read_text_file(path), columns), path, "{path}:{line}", check)
 
 
-def scan_json_list(
-    path: Path,
-    columns: Sequence[str],
-    file_columns: Sequence[str],
-    rules: DataConfig = RULES,
-    more: Callable[[Row], Iterable[str]] = no_more_checks,
-) -> Manifest[Row]:
-    """Rows and problems of a JSON list of objects; see :func:`scan_csv`. ``more`` gives further problems of a row."""
-    text = read_text_file(path)
-    check = _TextColumns(columns, file_columns, rules, more)
-    # a list may be written on one line
-    return _rows(parse_json_list(text), path, "{path}:{line}: entry {number}", check)
+def scan_json_list(path: Path, convert: Callable[[Row], Sample]) -> Manifest[Sample]:
+    """Samples and problems of a JSON list of objects; ``convert`` makes a sample of one or raises a ValueError.
+
+    Raises:
+        UserError: when the file cannot be read, or from a line on cannot.
+    """
+    # a list may be written on one line, so that its line does not tell an entry
+    return _scan(parse_json_list(read_text_file(path)), path, "{path}:{line}: entry {number}", convert)
 
 
-def scan_jsonl(path: Path, columns: Sequence[str]) -> Manifest[Row]:
-    """Rows and problems of a file with one JSON object a line, of which each needs ``columns`` of any type."""
-    text = read_text_file(path)
-
-    def check(row: Row) -> Iterable[str]:
-        return [f"found no {column}, expected one" for column in columns if row.values.get(column) is None]
-
-    return _rows(parse_jsonl(text), path, "{path}:{line}", check)
+def scan_jsonl(path: Path, convert: Callable[[Row], Sample]) -> Manifest[Sample]:
+    """Samples and problems of a file with one JSON object a line; see :func:`scan_json_list`."""
+    return _scan(parse_jsonl(read_text_file(path)), path, "{path}:{line}", convert)
 
 
-def _rows(entries: Iterable[Entry], path: Path, pattern: str, check: Callable[[Row], Iterable[str]]) -> Manifest[Row]:
-    found: Manifest[Row] = Manifest(str(path))
+def _scan(entries: Iterable[Entry], path: Path, pattern: str, convert: Callable[[Row], Sample]) -> Manifest[Sample]:
+    found: Manifest[Sample] = Manifest(str(path))
     try:
         for number, entry in enumerate(entries, 1):
             row = Row(pattern.format(path=path, line=entry.line, number=number), path.parent, entry.value)
-            problems = [entry.problem] if entry.problem else list(check(row))
-            found.problems += [f"{row.where}: {problem}" for problem in problems]
-            found.num_bad += bool(problems)
-            if not problems:
-                found.samples.append(row)
+            try:
+                if entry.problem:
+                    raise ValueError(entry.problem)
+                found.samples.append(convert(row))
+            except ValueError as error:
+                found.problems += [f"{row.where}: {problem}" for problem in problems_of(error)]
+                found.num_bad += 1
     except UnreadableError as error:
         raise BadSamplesError([*found.problems, f"{path}:{error.line}: {error.problem}"]) from None
     return found
 
 
-@dataclass(frozen=True)
-class _TextColumns:
-    """The problems of a row whose columns are texts, some of them names of files."""
-
-    columns: Sequence[str]
-    file_columns: Sequence[str]
-    rules: DataConfig
-    more: Callable[[Row], Iterable[str]] = no_more_checks
-
-    def __call__(self, row: Row) -> Iterable[str]:
-        problems = []
-        for column in self.columns:
-            value = row.values.get(column)
-            if value is None or (isinstance(value, str) and not value.strip()):
-                problems.append(f"found no {column}, expected one")
-            elif not isinstance(value, str):
-                expected = "a path" if column in self.file_columns else "a text"
-                problems.append(f"{column}: found {type_name(value)}, expected {expected}")
-            elif column in self.file_columns:
-                problem = path_problem(value, row.folder, row.folder, self.rules)
-                problems += [f"{column}: {problem}"] if problem else []
-            elif len(value) > self.rules.max_text_chars:
-                problems.append(f"{column}: {too_long(len(value), self.rules)}")
-        return [*problems, *self.more(row)]
+def text_problems(row: Row, columns: Sequence[str], file_columns: Sequence[str], rules: DataConfig) -> list[str]:
+    """What is wrong with a row whose ``columns`` are texts, those of ``file_columns`` names of files that exist."""
+    problems = []
+    for column in columns:
+        value = row.values.get(column)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            problems.append(f"found no {column}, expected one")
+        elif not isinstance(value, str):
+            expected = "a path" if column in file_columns else "a text"
+            problems.append(f"{column}: found {type_name(value)}, expected {expected}")
+        elif column in file_columns:
+            problem = path_problem(value, row.folder, row.folder, rules)
+            problems += [f"{column}: {problem}"] if problem else []
+        elif len(value) > rules.max_text_chars:
+            problems.append(f"{column}: {too_long(len(value), rules)}")
+    return problems
 
 
 def too_long(length: int, rules: DataConfig) -> str:

@@ -16,6 +16,7 @@ import torch
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, problems_of, raise_problems, read_text_file, settle, too_long
 from omni.data.stream import Batch
+from omni.files import file_problem
 from omni.tokenizer import ASSISTANT, END, IGNORE, MAX_LINE_BYTES, SYSTEM, USER, Tokenizer
 
 
@@ -53,7 +54,7 @@ def scan_text(path: str | Path, rules: DataConfig = RULES) -> tuple[str, list[st
         UserError: when there is no such file, or listing what cannot be read in them.
     """
     path = Path(path)
-    if not path.is_dir():
+    if file_problem(path) != "found a folder":
         return _without_long_lines(path, rules)
     files = sorted(path.glob("*.txt"))
     if not files:
@@ -81,6 +82,8 @@ def read_text(path: str | Path, rules: DataConfig = RULES) -> str:
     """
     text, problems = scan_text(path, rules)
     settle(problems, len(problems), len(problems) + text.count("\n"), rules, str(path))
+    if not text.strip():
+        raise UserError(f"{path}: nothing is left without the lines that are too long, expected some text")
     return text
 
 
