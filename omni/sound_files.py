@@ -27,8 +27,8 @@ def cut_off(path: Path) -> str:
 
 
 def too_few_samples(num_read: int, num_declared: int, container: str) -> bool:
-    """Whether decoding ended early; an MP3's header counts whole frames and the silence that its encoder added."""
-    return num_read < num_declared - (2 * _MP3_FRAME if container == "MP3" else 0)
+    """Whether decoding ended early; MP3 headers may count a frame in part."""
+    return num_read < num_declared - (_MP3_FRAME if container == "MP3" else 0)
 
 
 def _declared_end(file: BinaryIO, head: bytes) -> int | None:
