@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import string
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from omni.data.text import PackedDocuments, TextBatch, fit, fit_in_order, packed
+from omni.config import DataConfig, UserError
+from omni.data.text import (
+    PackedDocuments,
+    TextBatch,
+    fit,
+    fit_in_order,
+    learn_tokenizer,
+    packed,
+    pieces,
+    read_text,
+    tokenize,
+)
 from omni.models.thinker import Thinker, ThinkerConfig
-from omni.tokenizer import IGNORE, Tokenizer
+from omni.tokenizer import IGNORE, MAX_LINE_BYTES, Tokenizer, spoken_text
 
 CHAT = "<|user|> one?<|end|><|assistant|> two<|end|><|user|> three?<|end|><|assistant|> four<|end|>"
 
@@ -88,3 +104,86 @@ def test_fit_fills_groups() -> None:
     assert all(sum(sizes[index] for index in group) <= 10 for group in groups)
     assert len(groups) == 5  # their sum is 50
     assert fit_in_order(sizes, 10) == [[0, 1], [2, 3], [4, 5], [6], [7, 8, 9]]
+
+
+# ---- long lines, and what is spoken of a text ----
+
+
+def words(number: int, seed: int = 0) -> str:
+    """Words of some letters, now and then with several spaces or a longer line's end before them."""
+    rng = np.random.default_rng(seed)
+    known = ["".join(rng.choice(list("abcdefghé☃"), rng.integers(1, 9))) for _ in range(500)]
+    gaps = [" ", " ", " ", "  ", " \t", "    "]
+    return "".join(f"{gaps[g]}{known[w]}" for w, g in rng.integers(0, (500, 6), (number, 2)))
+
+
+def test_pieces_make_the_tokens_of_the_line() -> None:
+    line = words(40_000)
+    tokenizer = Tokenizer.train([words(2000, seed) for seed in range(5)], 500)
+    parts = list(pieces(line))
+    assert len(parts) > 3 and "".join(parts) == line
+    assert all(len(part.encode()) <= MAX_LINE_BYTES for part in parts)
+    assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(line)
+    assert list(pieces("an ordinary line\n")) == ["an ordinary line\n"] and list(pieces("")) == [""]
+    for odd in ("x" * 60_000, " " * 60_000, "x" * 30_000 + " " + "y" * 30_000, "☃" * 26_000 + " "):
+        assert "".join(pieces(odd)) == odd and max(len(part.encode()) for part in pieces(odd)) <= MAX_LINE_BYTES
+
+
+def test_ordinary_text_has_the_tokenizer_and_the_tokens_that_it_had(tmp_path: Path) -> None:
+    text = "\n".join(words(300, seed) for seed in range(30)) + "\u2028 one\x0bmore\n\nend"
+    tokenizer = learn_tokenizer(text, 400, tmp_path)
+    assert tokenizer.model == Tokenizer.train(text.splitlines(), 400).model
+    expected = [token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)]
+    found = tokenize(text, tokenizer, tmp_path)
+    assert found.dtype == np.uint16 and found.tolist() == expected and tokenizer.decode(expected) == text
+    # lines that only together are long are as learnable as one
+    assert learn_tokenizer(text.replace("\n", " "), 400, tmp_path).vocab_size == 400
+
+
+def one_line(path: Path, megabytes: int) -> int:
+    """Write a text of one line; its length in characters."""
+    piece = words(20_000).replace("\t", " ")
+    piece = piece[: len(piece) // 2 * 2]
+    times = megabytes * 10**6 // len(piece.encode()) + 1
+    path.write_text(piece * times)
+    return len(piece) * times
+
+
+def check_one_line(folder: Path, megabytes: int) -> None:
+    path = folder / "text.txt"
+    size = one_line(path, megabytes)
+    with pytest.raises(UserError, match=rf"text\.txt:1: found {size} characters, expected at most 1000000 "):
+        read_text(path)
+    text = read_text(path, DataConfig(max_text_chars=size))
+    tokenizer = learn_tokenizer(text, 400, folder)
+    tokens = tokenize(text, tokenizer, folder)
+    assert tokenizer.decode(tokens[:1000].tolist()) == text[: len(tokenizer.decode(tokens[:1000].tolist()))]
+    assert len(tokens) < size  # it learned words, not bytes alone
+    assert sum(tokenizer.num_bytes(token) * int(n) for token, n in enumerate(np.bincount(tokens))) == len(text.encode())
+
+
+def test_two_megabytes_on_one_line(tmp_path: Path) -> None:
+    check_one_line(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_fifty_megabytes_on_one_line(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_one_line(tmp_path, 50)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # KB
+
+
+def test_spoken_text_drops_the_punctuation_of_any_script() -> None:
+    assert spoken_text("“Well – it’s «done»… ¿no?” — 5 € ☃ °C") == "well it's done no 5 c"
+    assert spoken_text("…?! —") == ""
+    assert spoken_text("naïve жук") == "naïve жук"
+
+
+def test_spoken_text_of_ascii_is_what_it_was() -> None:
+    rng = np.random.default_rng(0)
+    old = str.maketrans({c: " " for c in string.punctuation if c != "'"})
+    for _ in range(2000):
+        text = "".join(rng.choice(list(string.printable), 30))
+        expected = text.lower().translate(old)
+        expected = " ".join(re.sub(r"(?<![a-z])'|'(?![a-z])", " ", expected).split())
+        assert spoken_text(text) == expected
