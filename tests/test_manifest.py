@@ -150,8 +150,8 @@ def seen(path: str, kind: str = "image") -> str:
          ["1: entry 1: found a number", "2: entry 2: found null", "3: entry 3: image: found a number",
           "4: entry 4: caption: found a list, expected a text"]),
         ("x.json", "[" + picture('"a.png"', more=', "caption": "z"') + "]", ["1: entry 1: caption: found twice"]),
-        ("x.json", "[" + picture('"a.png"', '"\\ud83d"') + "]", ["1: entry 1: .* half a character"]),
-        ("x.json", "[" + picture('"a\\u0000.png"') + "]", ["1: entry 1: image: found a name that no file can have"]),
+        ("x.json", "[" + picture('"a.png"', '"\\ud83d"') + "]", ["1: entry 1: found .* half of a"]),
+        ("x.json", "[" + picture('"a\\u0000.png"') + "]", ["1: entry 1: found .u0000"]),
         ("x.json", "[" + picture('"a.png"', more=', "n": NaN') + "]", ["1: entry 1: found NaN"]),
         ("x.json", "[" + picture('"a.png"', more=', "n": ' + "9" * 5000) + "]", ["1: entry 1: .* 5000 digits"]),
         ("x.json", "[\n" + DEEP, ["2: nested too deeply"]),
@@ -165,7 +165,7 @@ def seen(path: str, kind: str = "image") -> str:
         ("x.jsonl", CHAT[:-1] + ",}\n" + DEEP + "\n" + CHAT[:-1] + ', "messages": []}',
          ["1: not valid JSON .a comma before", "2: nested too deeply", "3: messages: found twice"]),
         ("x.jsonl", '{"messages": "hi"}\n{"task": "x"}\n', ["1: messages: found a text", "2: messages: found null"]),
-        ("x.jsonl", '{"messages": [{"role": "user", "content": "x\\ud800"}]}', ["1: .* half a character"]),
+        ("x.jsonl", '{"messages": [{"role": "user", "content": "x\\ud800"}]}', ["1: found .* half of a"]),
         ("x.jsonl", CHAT[:-1] + ', "template": 3}', ["1: template: found a number"]),
         ("x.jsonl", CHAT[:-1] + ', "task": null}', ["1: task: found null, expected a text"]),
         ("x.jsonl", seen("no.png") + "\n" + seen("a.wav") + "\n" + seen("a.png", "audio"),
@@ -280,11 +280,27 @@ VALID = {
     "x.jsonl": "\n".join([CHAT, seen("a.png"), seen("../outside.wav", "audio")]),
     "x.txt": "one two\n\nthree ж\n",
 }  # fmt: skip
-SPLICES = [
+# what a piece is: a whole text, number or bracket; a word or a mark; a byte
+PIECES = [re.compile(pattern, re.DOTALL) for pattern in (rb'"[^"]*"|[^\s",:\[\]{}]+|.', rb"\w+|.", rb".")]
+PATHS = ['"/dev/zero"', '"../../far.wav"', '"pipe.wav"', '"loop.wav"', '"link.wav"', '"wavs"', '"a.wav"', '"a.png"']
+TARGETS = [
+    b'"a.png"',
+    b'"../outside.wav"',
+    b"a.wav",
+    b"wavs/b.wav",
+    b"hello there",
+    b'"x"',
+    b"1.5",
+    b'"image"',
+    b'"user"',
+]
+VALUES = [
+    "null", "true", "NaN", "1e999", "9" * 5000, "-0", "[]", "{}", '""', '" "', '"\\ud800"', '"\\u0000"', "[" * 2000,
+    '"x\ny"', '{"image": "a.png"}',
+]  # fmt: skip
+MARKS = [
     "\n", "\r", "\r\n", '"', '""', ",", ";", "\t", "[", "]", "{", "}", ":", "\\", "\\ud800", "\\u0000", "\0", "\ufeff",
-    "\u2028", "\x85", "null", "NaN", "1e999", "9" * 5000, "-", "true", "../", "/", "a.wav", "pipe.wav", "loop.wav",
-    "link.wav", "no.wav", "wavs", "/dev/zero", "//", "#", "'", " ", "\x1a", "x" * 300, "[" * 2000, "\U0001f600",
-    "wav,text", '{"image": "a.png", "caption": "x"}', '"messages"', '"role"', '"image"', '"audio"', '"text"',
+    "\u2028", "\x85", "-", "../", "/", "..", "#", "'", " ", "\x1a", "x" * 300, "\U0001f600", "loop.wav", "wavs",
 ]  # fmt: skip
 RULES = st.builds(
     DataConfig,
@@ -305,11 +321,21 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
     if kind == 1:
         return name, draw(st.text(max_size=100)).encode("utf-8", "surrogatepass")
     content = VALID[name].encode()
-    for _ in range(draw(st.integers(0, 4))):
-        start = draw(st.integers(0, len(content)))
-        end = min(len(content), start + draw(st.integers(0, 12)))
-        piece = draw(st.sampled_from(SPLICES).map(str.encode) | st.binary(max_size=3) | st.just(content[start:end] * 2))
-        content = content[:start] + piece + content[draw(st.sampled_from([start, end])) :]
+    for _ in range(draw(st.integers(1, 3))):
+        known = [value for value in TARGETS if value in content]
+        if known and draw(st.booleans()):  # another value in the place of one that is right
+            value = draw(st.sampled_from([*PATHS, *VALUES]))
+            content = content.replace(draw(st.sampled_from(known)), value.encode(), 1)
+            continue
+        pieces = draw(st.sampled_from(PIECES)).findall(content) or [b""]
+        new = draw(
+            st.sampled_from(draw(st.sampled_from([PATHS, VALUES, MARKS]))).map(str.encode)
+            | st.sampled_from(pieces)
+            | st.binary(max_size=3)
+        )
+        at = draw(st.integers(0, len(pieces) - 1))
+        length = draw(st.integers(0, 3))  # 0: it is put in, otherwise it takes the place of others
+        content = b"".join([*pieces[:at], new, *pieces[at + length :]]) or b" "
     return name, content
 
 
@@ -331,6 +357,7 @@ def check_reading(folder: Path, name: str, content: bytes, rules: DataConfig) ->
             assert item.messages[-1].role == "assistant" and item.where.startswith(f"{folder / name}:")
             for path in (*item.paths("image"), *item.paths("audio")):
                 assert Path(path).is_file()
+                assert rules.allow_outside_paths or Path(path).resolve().is_relative_to(folder.parent.resolve())
             texts = [part.value for message in item.messages for part in message.parts]
         elif isinstance(item, Row):
             columns = ("wav", "text") if name.endswith("csv") else ("image", "caption")
@@ -340,7 +367,7 @@ def check_reading(folder: Path, name: str, content: bytes, rules: DataConfig) ->
         else:
             texts = [item]
         for text in texts:
-            assert isinstance(text, str) and "\0" not in text and text.encode()
+            assert isinstance(text, str) and "\0" not in text and text.encode().decode() == text
 
 
 def test_any_file_is_rows_or_a_clear_error(folder: Path) -> None:

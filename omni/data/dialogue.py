@@ -132,7 +132,7 @@ def parse_messages(messages: Sequence[Any]) -> list[Message]:
     """
     parsed = []
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        if not isinstance(message, dict) or message.get("role") not in tuple(_ROLES):
             raise ValueError(f"message {number}: expected an object with the role user, assistant or system")
         content = message.get("content")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -121,8 +121,8 @@ class _Decoder:
         except RecursionError:
             line = text.count("\n", 0, start) + 1
             raise UnreadableError(line, "nested too deeply, expected an object of a few levels") from None
-        if "\\ud" in text[start:end].lower() and any(map(_is_broken, _strings(value))):
-            self.notes.append("a \\ud800-\\udfff that is half a character, expected both halves")
+        if "\\u" in text[start:end] and any(map(_is_broken, _strings(value))):
+            self.notes.append("found \\u0000 or half of a \\ud800-\\udfff pair, expected characters of a text")
         return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_broken(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
+    return any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def _entry(line: int, value: Any, notes: list[str]) -> Entry:
