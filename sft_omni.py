@@ -22,14 +22,14 @@ import torch
 
 from omni.checkpoint import fingerprint, read_summary
 from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, UserError, to_dict
-from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats, read_chats
-from omni.data.manifest import hash_files
-from omni.data.speech import read_speech_manifest
+from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats
+from omni.data.manifest import settle
+from omni.data.parts import ChatParts, read_chat_parts
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import document_spans, read_text, tokenize
 from omni.data.voices import Voices
 from omni.evaluate.omni import Examiner
-from omni.features import FeatureStore
+from omni.features import FeatureStore, UnusableMediaError
 from omni.load import load_audio_encoder, load_speech, load_thinker, load_vision
 from omni.losses import next_token_loss_sum
 from omni.models.omni import OmniConfig, OmniModel
@@ -102,7 +102,9 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
 class ChatPhases:
     """What the two phases on chats share: encoder features, encoded chats, validation."""
 
-    def __init__(self, model: OmniModel, tokenizer: Tokenizer, config: OmniSFTConfig, precision: Precision) -> None:
+    def __init__(
+        self, model: OmniModel, tokenizer: Tokenizer, parts: ChatParts, config: OmniSFTConfig, precision: Precision
+    ) -> None:
         self.model, self.tokenizer, self.config, self.precision = model, tokenizer, config, precision
         self.features = FeatureStore(model, config.save_dir / "cache")
         ctx_len = config.ctx_len or model.thinker.config.ctx_len
@@ -113,25 +115,33 @@ class ChatPhases:
             audio_features=self.features.audio,
             pad_id=tokenizer.pad_id,
         )
-        self._chats: dict[str, list[Chat]] = {}
+        self._chats = {"training": parts.training, "validation": parts.validation}
+        self._num_read = len(parts.training) + parts.left_out
 
-    def chats(self, path: str) -> list[Chat]:
-        """The chats of a file, the features of their media computed."""
-        if path not in self._chats:
-            found = self._chats[path] = read_chats(path)
-            self.features.add(
-                [path for chat in found for path in chat.paths("image")],
-                [path for chat in found for path in chat.paths("audio")],
-            )
-        return self._chats[path]
+    def chats(self, part: str) -> list[Chat]:
+        """The chats of a part, the features of their media computed; those with unusable media as the rules say."""
+        while True:
+            found = self._chats[part]
+            media = [[path for chat in found for path in chat.paths(kind)] for kind in ("image", "audio")]
+            try:
+                self.features.add(*media)
+                return found
+            except UnusableMediaError as error:
+                bad = {id(chat): chat for chat in found if error.problems.keys() & chat.media}
+                lines = [
+                    f"{chat.where}: {error.problems[path]}"
+                    for chat in bad.values() for path in chat.media if path in error.problems
+                ]  # fmt: skip
+                settle(lines, len(bad), len(found), self.config.data, part)
+                self._chats[part] = [chat for chat in found if id(chat) not in bad]
 
     def training(self, thinker: bool) -> ChatSamples:
         """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained."""
-        found, data = self.chats(self.config.data.train), self.config.data
+        found, data = self.chats("training"), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.paths("image") or chat.paths("audio")]
         self.encoder.cuts = self.encoder.unfit = 0
-        encoded = [self.encoder.example(chat.messages, chat.transcript) for chat in found]
+        encoded = [self.encoder.example(chat.messages, chat.transcript, chat.where) for chat in found]
         if self.encoder.cuts:
             log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
         if self.encoder.unfit:
@@ -143,7 +153,7 @@ class ChatPhases:
 
     def evaluate(self, model: OmniModel) -> dict[str, float]:
         """Loss of the validation chats, and some of their questions asked aloud."""
-        chats = self.chats(self.config.data.val)
+        chats = self.chats("validation")
         encoded = [self.encoder.example(chat.messages) for chat in chats]
         samples = ChatSamples(encoded, ["all"] * len(chats), {}, self.collate)
         total, targets = 0.0, 0
@@ -155,7 +165,10 @@ class ChatPhases:
     def stage(self, trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
         """A phase that trains ``trains`` on the chats."""
         samples, run = self.training(self.model.thinker in trains), self.config.run
-        stream = BatchStream(samples, settings.batch_size, run.seed, samples.lengths, run.num_workers)
+        left_out = self._num_read - len(self._chats["training"])
+        stream = BatchStream(
+            samples, settings.batch_size, run.seed, samples.lengths, run.num_workers, left_out=left_out
+        )
         data = self.config.data
         weights = {"answers": 1.0, "replay": data.replay_weight, "transcripts": data.transcript_weight}
         return Stage(trains, stream, loss, self.evaluate, settings, weights, unit="tokens")
@@ -163,12 +176,16 @@ class ChatPhases:
 
 def build(config: OmniSFTConfig, precision: Precision) -> Run:
     """The fused model and its phases."""
+    data = config.data
+    speech = (data.speech_train, data.speech_val) if data.speech_train and data.speech_val else None
+    parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data)
     model, tokenizer, lineage = assemble(config)
-    chats = ChatPhases(model, tokenizer, config, precision)
+    chats = ChatPhases(model, tokenizer, parts, config, precision)
 
     def talker() -> Stage:
-        paths = (config.data.speech_train or "", config.data.speech_val or "")
-        voices = [Voices(read_speech_manifest(path), model.speech.config.mel) for path in paths]
+        assert parts.speech is not None
+        mel, both = model.speech.config.mel, (parts.speech.training, parts.speech.validation)
+        voices = [Voices(rows, mel, data, decode=False) for rows in both]  # stage D has read them
         return talker_stage(
             model.speech,
             model.audio_encoder,
@@ -179,6 +196,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
             # stage D aligned and encoded the same recordings
             [config.save_dir / "cache", Path(config.talker_ckpt).parent / "cache"],
             config.val_sentences,
+            parts.speech.left_out,
         )
 
     projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector, model.transcript_head]
@@ -187,7 +205,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         ("projectors", lambda: chats.stage(projectors, config.projectors)),
         ("sft", lambda: chats.stage(tuned, config.sft)),
     ]
-    if config.data.speech_train:
+    if parts.speech:
         phases.append(("talker", talker))
     return Run(
         kind="omni",
@@ -195,7 +213,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         phases=phases,
         model_config=to_dict(model.config),
         assets={"tokenizer.model": tokenizer.model},
-        lineage=lineage | {"data": hash_files(config.data.train, config.data.val)},
+        lineage={**lineage, "data": parts.fingerprint},
     )
 
 
@@ -208,13 +226,7 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str
     thinker, tokenizer = load_thinker(config.thinker_ckpt)
     audio_encoder, vision_encoder = load_audio_encoder(config.audio_ckpt), load_vision(config.vision_ckpt)
     speech = load_speech(config.talker_ckpt)
-    for path in (config.vision_ckpt, config.talker_ckpt):
-        theirs = read_summary(path)["lineage"]["tokenizer"]
-        if theirs != tokenizer.hash:
-            raise UserError(
-                f"{path}: trained with tokenizer {theirs}, but {config.thinker_ckpt} has tokenizer {tokenizer.hash}; "
-                "train that stage again on this Thinker"
-            )
+    refuse_other_tokenizer(config, tokenizer.hash)
     omni_config = OmniConfig(
         thinker.config,
         audio_encoder.config,
@@ -234,13 +246,27 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str
     return model, tokenizer, {"tokenizer": tokenizer.hash, **lineage}
 
 
+def refuse_other_tokenizer(config: OmniSFTConfig, tokenizer: str) -> None:
+    """Raise UserError when the vision encoder or the Talker was trained with another tokenizer than the Thinker's."""
+    for path in (config.vision_ckpt, config.talker_ckpt):
+        theirs = read_summary(path)["lineage"]["tokenizer"]
+        if theirs not in (None, tokenizer):  # a Talker that does without the Thinker has none
+            raise UserError(
+                f"{path}: trained with tokenizer {theirs}, but {config.thinker_ckpt} has tokenizer {tokenizer}; "
+                "train that stage again on this Thinker"
+            )
+
+
 def replay_documents(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
     """The documents of stage A's text, in which every token is a label."""
     if config.data.replay_text is None:
         return []
-    tokens = tokenize(read_text(config.data.replay_text), tokenizer, config.save_dir / "cache")
+    tokens = tokenize(read_text(config.data.replay_text, config.data), tokenizer, config.save_dir / "cache")
     pieces = (tokens[start:end].tolist() for start, end in document_spans(tokens, tokenizer, ctx_len))
-    return [Encoded(piece[:-1], piece[1:], replay=True) for piece in pieces]
+    where = f"{config.data.replay_text}: document"
+    return [
+        Encoded(piece[:-1], piece[1:], replay=True, where=f"{where} {number}") for number, piece in enumerate(pieces, 1)
+    ]
 
 
 def quiz(examiner: Examiner, chats: Sequence[Chat], config: OmniSFTConfig) -> dict[str, float]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
-from omni.data.manifest import hash_files, split_rows
-from omni.data.speech import SpeechBatch, Transcribed, read_speech_manifest
+from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.data.parts import read_parts
+from omni.data.speech import SpeechBatch, Transcribed, scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.audio_enc import Recognition
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig, ctc_loss_sum, transcripts
@@ -27,14 +27,11 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechData(DataConfig):
+class SpeechData(SplitDataConfig):
     """Where the recordings are."""
 
-    train: str
-    val: str | None = None
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`
     test_voices: str | None = None  # unseen voices
-    val_split: float = 0.05
     spec_augment: bool = True
 
 
@@ -55,33 +52,25 @@ def loss(encoder: AudioEncoder, batch: SpeechBatch) -> dict[str, torch.Tensor]:
 
 def build(config: AudioConfig, precision: Precision) -> Run:
     """The encoder and its one phase."""
+    parts = read_parts(scan_speech_manifest, "wav", "text", config.data)
     encoder = AudioEncoder(config.model)
 
     def train() -> Stage:
-        rows = read_speech_manifest(config.data.train)
-        if config.data.val:
-            parts = rows, read_speech_manifest(config.data.val)
-        else:
-            parts = split_rows(rows, config.data.val_split)
-        training, validation = (
-            Transcribed(part, config.model.mel, encoder.num_steps, augment, name)
-            for part, augment, name in zip(
-                parts, (config.data.spec_augment, False), ("training", "validation"), strict=True
-            )
-        )
+        steps, mel, data = encoder.num_steps, config.model.mel, config.data
+        training = Transcribed(parts.training, mel, steps, data.spec_augment, "training", data)
+        validation = Transcribed(parts.validation, mel, steps, False, "validation", data)
 
         def evaluate(model: AudioEncoder) -> dict[str, float]:
             total, characters = 0.0, 0
             found = Recognition([], [])
-            batches = ordered_batches(validation, config.train.batch_size, config.run.val_batches)
-            for number, batch in enumerate(batches):
+            batches = ordered_batches(validation, config.train.batch_size, config.run.val_batches, rules=config.data)
+            for batch in batches:
                 batch = batch.to(precision.device)
                 output = model(batch.frames_BFM, batch.num_frames_B)
                 total += float(ctc_loss_sum(output, batch.symbols_BS, batch.num_symbols_B))
                 characters += batch.counts["characters"]
                 found.hypotheses += transcripts(output)
-                start = number * config.train.batch_size
-                found.references += [validation.text(start + i) for i in range(len(batch.num_frames_B))]
+                found.references += batch.texts
             cer = found.cer().value
             return {"loss": total / characters, "wer": found.wer().value, "cer": cer, "token_accuracy": max(0, 1 - cer)}
 
@@ -92,6 +81,8 @@ def build(config: AudioConfig, precision: Precision) -> Run:
             training.lengths,
             config.run.num_workers,
             short_first=True,
+            rules=config.data,
+            left_out=parts.left_out + training.recordings.left_out,
         )
         return Stage([encoder], stream, loss, evaluate, config.train, {"characters": 1.0}, unit="frames")
 
@@ -100,7 +91,7 @@ def build(config: AudioConfig, precision: Precision) -> Run:
         model=encoder,
         phases=[("train", train)],
         model_config=to_dict(config.model),
-        lineage={"data": hash_files(config.data.train, *filter(None, [config.data.val]))},
+        lineage={"data": parts.fingerprint},
     )
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
-from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, from_dict, to_dict
-from omni.data.manifest import hash_files, split_rows
-from omni.data.speech import read_speech_manifest
+from omni.config import PhaseConfig, Problem, SplitDataConfig, StageConfig, from_dict, to_dict
+from omni.data.parts import read_parts
+from omni.data.speech import scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import CropBatch, Crops, Sentences, VoiceBatch, VoiceCrops, Voices
 from omni.evaluate.talker import Mind, validate_codec, validate_vocoder
@@ -40,15 +40,12 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoiceData(DataConfig):
+class VoiceData(SplitDataConfig):
     """Where the recordings are, and how they are cut."""
 
-    train: str
-    val: str | None = None
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`
     test_words: str | None = None  # sentences with words never heard in training
     test_voices: str | None = None  # unseen voices
-    val_split: float = 0.05
     codec_frames: int = 96  # of a crop, at 100 a second
     vocoder_frames: int = 48
     speaker_frames: int = 120
@@ -117,15 +114,12 @@ def load_mind(config: SpeechStageConfig, precision: Precision) -> Mind | None:
 
 def build(config: SpeechStageConfig, precision: Precision) -> Run:
     """One module with four parts, and its three phases."""
-    rows = read_speech_manifest(config.data.train)
+    parts = read_parts(scan_speech_manifest, "wav", "text", config.data)
     encoder, mind = load_encoder(config, precision), load_mind(config, precision)
-    if config.data.val:
-        parts = rows, read_speech_manifest(config.data.val)
-    else:
-        parts = split_rows(rows, config.data.val_split)
-    training, validation = (Voices(part, config.model.mel) for part in parts)
+    training, validation = (Voices(part, config.model.mel, config.data) for part in (parts.training, parts.validation))
     model_config = filled_in(config.model, training.names, mind[0].config if mind else None)
     model, run = SpeechModel(model_config), config.run
+    left_out = parts.left_out + training.recordings.left_out
 
     def evaluation(function: Callable[..., dict[str, float]], samples: Crops | VoiceCrops | Sentences) -> Callable:
         def evaluate(model: SpeechModel) -> dict[str, float]:
@@ -134,10 +128,12 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
 
         return evaluate
 
+    def batches(samples: Crops | VoiceCrops, phase: PhaseConfig) -> BatchStream:
+        workers = run.num_workers
+        return BatchStream(samples, phase.batch_size, run.seed, None, workers, rules=config.data, left_out=left_out)
+
     def codec() -> Stage:
-        stream = BatchStream(
-            Crops(training, config.data.codec_frames), config.codec.batch_size, run.seed, num_workers=run.num_workers
-        )
+        stream = batches(Crops(training, config.data.codec_frames), config.codec)
         quantizer = model.codec.quantizer
         return Stage(
             [model.codec], stream, codec_loss, evaluation(validate_codec, Crops(validation, config.data.codec_frames)),
@@ -148,7 +144,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         samples = [
             VoiceCrops(part, config.data.vocoder_frames, config.data.speaker_frames) for part in (training, validation)
         ]
-        stream = BatchStream(samples[0], config.vocoder.batch_size, run.seed, num_workers=run.num_workers)
+        stream = batches(samples[0], config.vocoder)
         return Stage(
             [model.vocoder, model.speaker], stream, vocoder_loss, evaluation(validate_vocoder, samples[1]),
             config.vocoder, {"spectrum": 1.0, "speakers": 0.5}, "crops",
@@ -157,7 +153,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
     def talker() -> Stage:
         return talker_stage(
             model, encoder, mind, (training, validation), config.talker, run, [config.save_dir / "cache"],
-            config.val_sentences,
+            config.val_sentences, parts.left_out,
         )  # fmt: skip
 
     return Run(
@@ -166,7 +162,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         phases=[("codec", codec), ("vocoder", vocoder), ("talker", talker)],
         model_config=to_dict(model_config),
         lineage={
-            "data": hash_files(config.data.train, *filter(None, [config.data.val])),
+            "data": parts.fingerprint,
             "audio_enc": fingerprint(Path(config.audio_ckpt)),
             "thinker": fingerprint(Path(config.thinker_ckpt)) if mind and config.thinker_ckpt else None,
             "tokenizer": mind[1].hash if mind else None,

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
-from omni.data.manifest import hash_files
+from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.data.leaks import part_of_text, refuse_leaks
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import TextBatch, learn_tokenizer, packed, read_text, split_text, tokenize
 from omni.evaluate.thinker import TextLikelihood
+from omni.lineage import data_fingerprint
 from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.runtime import Precision
@@ -29,13 +30,10 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData(DataConfig):
+class TextData(SplitDataConfig):
     """Where the text is."""
 
-    train: str
-    val: str | None = None
     test: str | None = None  # for `omni eval`; by default the validation text
-    val_split: float = 0.05
     vocab_size: int = 1024  # of the tokenizer; fewer on a small corpus
     separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
@@ -59,10 +57,10 @@ def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
 
 def build(config: TextConfig, precision: Precision) -> Run:
     """The Thinker and its one phase."""
-    text = read_text(config.data.train)
-    train_text, val_text = (
-        (text, read_text(config.data.val)) if config.data.val else split_text(text, config.data.val_split)
-    )
+    sources = {"train": config.data.train} | ({"val": config.data.val} if config.data.val else {})
+    texts = [read_text(path, config.data) for path in sources.values()]
+    train_text, val_text = texts if config.data.val else split_text(texts[0], config.data.val_split)
+    refuse_leaks(part_of_text(train_text, "training"), part_of_text(val_text, "validation"), config.data)
     tokenizer = learn_tokenizer(train_text, config.data.vocab_size, config.save_dir / "cache")
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     thinker = Thinker(model_config)
@@ -89,7 +87,10 @@ def build(config: TextConfig, precision: Precision) -> Run:
         phases=[("train", train)],
         model_config=to_dict(model_config),
         assets={"tokenizer.model": tokenizer.model},
-        lineage={"tokenizer": tokenizer.hash, "data": hash_files(config.data.train, *filter(None, [config.data.val]))},
+        lineage={
+            "tokenizer": tokenizer.hash,
+            "data": {part: data_fingerprint(path) for part, path in sources.items()},
+        },
     )
 
 

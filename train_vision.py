@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from omni import checkpoint
-from omni.config import DataConfig, PhaseConfig, StageConfig, to_dict
-from omni.data.images import Captioned, ImageBatch, read_image_manifest
-from omni.data.manifest import hash_files, split_rows
+from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.data.images import Captioned, ImageBatch, scan_image_manifest
+from omni.data.parts import read_parts
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.vision import match_rows
 from omni.losses import contrastive_loss_sum
@@ -34,14 +34,11 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(DataConfig):
+class ImageData(SplitDataConfig):
     """Where the pictures are, and what is done with them."""
 
-    train: str
-    val: str | None = None
     test: str | None = None  # for `omni eval`; by default the validation part
     test_combinations: str | None = None  # combinations of attributes that training never shows
-    val_split: float = 0.05
     num_negatives: int = 2  # wrong captions a picture in a batch, of those in the manifest
     augment: bool = True
 
@@ -70,6 +67,7 @@ def loss(encoder: VisionEncoder, batch: ImageBatch) -> dict[str, torch.Tensor]:
 
 def build(config: VisionStageConfig, precision: Precision) -> Run:
     """The encoder and its one phase."""
+    parts = read_parts(scan_image_manifest, "image", "caption", config.data)
     thinker, _ = checkpoint.load_input(
         config.thinker_ckpt, "thinker", "python train_text.py --config configs/thinker_nano.json"
     )
@@ -79,15 +77,10 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
     weights = {"images": 1.0, "tokens": config.caption_weight}
 
     def train() -> Stage:
-        rows = read_image_manifest(config.data.train)
-        if config.data.val:
-            parts = rows, read_image_manifest(config.data.val)
-        else:
-            parts = split_rows(rows, config.data.val_split)
         shape = model_config.image_size, model_config.max_text_len, config.data.num_negatives
-        training = Captioned(parts[0], tokenizer, *shape, augment=config.data.augment)
-        shown = parts[1][: config.train.batch_size * config.run.val_batches]
-        validation = Captioned(shown, tokenizer, *shape, augment=False)
+        training = Captioned(parts.training, tokenizer, *shape, augment=config.data.augment, rules=config.data)
+        shown = parts.validation[: config.train.batch_size * config.run.val_batches]
+        validation = Captioned(shown, tokenizer, *shape, augment=False, rules=config.data)
 
         def evaluate(model: VisionEncoder) -> dict[str, float]:
             sums, counts = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0)
@@ -99,7 +92,7 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
                     counts[term] += batch.counts[term]
                 B = len(batch.pixels_B3HW)
                 right += model.count_right_tokens(batch.pixels_B3HW, batch.tokens_NT[:B], batch.valid_NT[:B])
-            found = match_rows(model, tokenizer, shown, validation.pictures).figures()
+            found = match_rows(model, tokenizer, validation.pictures.rows, validation.pictures).figures()
             return {
                 "loss": sum(weights[term] * sums[term] / counts[term] for term in weights),
                 "contrastive": sums["images"] / counts["images"],
@@ -108,7 +101,10 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
                 **{name: figure.value for name, figure in found.items()},
             }
 
-        stream = BatchStream(training, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        stream = BatchStream(
+            training, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers,
+            rules=config.data, left_out=parts.left_out + training.pictures.left_out,
+        )  # fmt: skip
         return Stage(
             [encoder], stream, loss, evaluate, config.train, weights, unit="images", after_update=encoder.clamp_scale
         )
@@ -121,7 +117,7 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
         assets={"tokenizer.model": tokenizer.model},
         lineage={
             "tokenizer": tokenizer.hash,
-            "data": hash_files(config.data.train, *filter(None, [config.data.val])),
+            "data": parts.fingerprint,
             "thinker": checkpoint.fingerprint(Path(config.thinker_ckpt)),
         },
     )

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from omni.atomic import whole_file
+from omni.console import log
+
 
 def cache_key(modules: Iterable[nn.Module], paths: Iterable[str | Path], texts: Iterable[str] = ()) -> str:
     """A key of everything that a result depends on.
@@ -47,8 +50,9 @@ def through_cache(
             return [torch.from_numpy(kept[f"arr_{number}"]) for number in range(len(kept.files))]
     found = compute()
     if files:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        partial = files[0].with_suffix(".partial.npz")
-        np.savez(partial, *(item.numpy() for item in found))
-        partial.replace(files[0])
+        try:
+            with whole_file(files[0]) as partial, partial.open("wb") as handle:
+                np.savez(handle, *(item.numpy() for item in found))
+        except OSError as error:  # nothing is lost: it is computed again the next time
+            log.warning("%s: cannot be kept (%s)", files[0], error.strerror)
     return found

@@ -8,10 +8,12 @@ either the old file or the new one. Loading runs no code from the file (``weight
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -23,6 +25,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from omni.atomic import whole_file
 from omni.config import UserError
 from omni.console import log
 from omni.lineage import differences
@@ -36,24 +39,39 @@ def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]
     Raises:
         UserError: when the disk is full or the folder cannot be written; whatever stood at ``path`` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        torch.save(tensors, temporary)
-        head = {"format": FORMAT, "sha256": _digest(temporary), **summary}
-        with zipfile.ZipFile(temporary, "a") as archive:
-            # beside the other members: torch.load refuses an archive with a member outside of its one folder
-            folder = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{folder}/{MEMBER}", json.dumps(head))
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise UserError(f"{path}: cannot be written ({error}); {free:.0f} MiB are free in {path.parent}") from error
+        _refuse_full_disk(path, _num_bytes(tensors))
+        with whole_file(path) as partial:
+            torch.save(tensors, partial)
+            head = {"format": FORMAT, "sha256": _digest(partial), **summary}
+            with zipfile.ZipFile(partial, "a") as archive:
+                # beside the other members: torch.load refuses an archive with a member outside of its one folder
+                folder = archive.namelist()[0].partition("/")[0]
+                archive.writestr(f"{folder}/{MEMBER}", json.dumps(head))
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # torch reports a failed write as RuntimeError
+        free = f"; {_free_bytes(path.parent) / 2**20:.0f} MiB are free there" if path.parent.exists() else ""
+        raise UserError(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}){free}") from error
+
+
+def _refuse_full_disk(path: Path, size: int) -> None:
+    """Raise OSError when a checkpoint of ``size`` bytes would not fit beside the file that it replaces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = size + 2**20  # and what the archive says about each tensor
+    if _free_bytes(path.parent) < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 2**20:.0f} MiB are needed")
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,8 +192,8 @@ def refuse_another_run(path: Path, summary: dict[str, Any], model_config: Any, l
         )
 
 
-def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
-    """Lock ``save_dir`` for this process, and with ``fresh`` set an earlier run in it aside.
+def claim_folder(save_dir: Path) -> IO[str]:
+    """Lock ``save_dir`` for this process.
 
     The lock is the operating system's, so it ends with the process however that ends. Keep the returned file open.
 
@@ -184,23 +202,37 @@ def claim_folder(save_dir: Path, fresh: bool) -> IO[str]:
     """
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        handle = (save_dir / ".lock").open("w")
+        handle = (save_dir / ".lock").open("a+")
     except OSError as error:
         raise UserError(
             f"{save_dir}: cannot be written ({error.strerror}), expected a folder for checkpoints"
         ) from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{save_dir}: another run is writing here; wait for it or choose another --save_dir") from None
+        # a record lock belongs to this process alone: those that it forks to prepare batches may outlive it
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"{save_dir / '.lock'}: cannot be locked ({error.strerror}); choose another disk") from None
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        raise UserError(
+            f"{save_dir}: another run is writing here ({holder}); wait for it or choose another --save_dir"
+        ) from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()}\n")
+    handle.flush()
+    return handle
+
+
+def set_aside(save_dir: Path) -> None:
+    """Move an earlier run to a folder of its own; what was only kept to save time (``cache``) stays."""
     earlier = [path for path in save_dir.iterdir() if path.name not in (".lock", "cache")]
-    if fresh and earlier:
+    if earlier:
         aside = save_dir.with_name(f"{save_dir.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
         log.info("set the earlier run aside in %s", aside)
-    return handle
 
 
 def _digest(path: Path) -> str:
@@ -215,15 +247,3 @@ def _digest(path: Path) -> str:
                 while block := stream.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable; some systems cannot open a folder, and there the rename is durable enough."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

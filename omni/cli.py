@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni.atomic import write_whole
 from omni.console import user_errors
 from omni.evaluate.suite import NAMES
 
@@ -65,12 +66,11 @@ def _run(words: argparse.Namespace) -> int:
 def _evaluate(words: argparse.Namespace) -> int:
     from omni.evaluate.suite import OwnSets, evaluate
     from omni.report import results_table
-    from omni.run import write_whole
 
     own = OwnSets(words.text, words.asr, words.images, words.tts, words.sft)
     results = evaluate(words.size, words.stage, own, words.limit)
     if words.json is not None:
-        write_whole(words.json, json.dumps(results.figures, indent=1) + "\n")
+        write_whole(words.json, (json.dumps(results.figures, indent=1) + "\n").encode())
     if results.figures and not words.quiet:
         print(results_table(results.figures))
     for line in results.missing:

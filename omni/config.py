@@ -4,10 +4,6 @@ Every key has a type and, where there is a sensible one, a default, in the datac
 its top. Nothing is looked up by string later on, so a typo cannot silently become a default: it is reported here,
 together with every other problem of the file, each on a line of its own as
 ``file: key: what was found, what was expected``.
-
-On the command line every key can be set as ``--key value`` or ``--key=value``: dotted (``--train.max_steps 30``) or
-by its last name alone where that is unique (``--ctx_len 128``). The keys of :class:`PhaseConfig` set every phase of a
-stage when given by their last name (``--max_steps 30`` with three phases sets three).
 """
 
 from __future__ import annotations
@@ -100,6 +96,7 @@ class RunConfig:
     min_loss: float = -1e6
     max_loss: float = 1e6
     max_consecutive_skips: int = 20
+    detect_anomaly: bool = False  # name the first module that gives NaN or Inf; slow
     tensorboard: bool = True  # used when the package is installed
 
     def problems(self) -> Iterator[Problem]:
@@ -117,7 +114,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The keys that every stage's data have: what is too much, and what to do about a sample that cannot be used."""
+    """The keys that every stage's data have: limits, and what to do about a sample that cannot be used."""
 
     on_bad_sample: Literal["error", "skip"] = "error"  # skip: leave it out, count it, and go on
     max_bad_fraction: float = 0.05  # of all samples; with more of them left out, a run stops
@@ -134,6 +131,21 @@ class DataConfig:
                 yield Problem(key, str(getattr(self, key)), "more than 0")
         if not 0 <= self.max_bad_fraction <= 1:
             yield Problem("max_bad_fraction", str(self.max_bad_fraction), "a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitDataConfig(DataConfig):
+    """Data of which a part is for validation: a file of its own, or a share of the training file."""
+
+    train: str
+    val: str | None = None
+    val_split: float = 0.05
+
+    def problems(self) -> Iterator[Problem]:
+        """A share that leaves nothing on one side."""
+        yield from super().problems()
+        if not 0 < self.val_split < 1:
+            yield Problem("val_split", str(self.val_split), "a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -168,8 +180,14 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     return built
 
 
-def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Read a JSON configuration and apply ``(key, text)`` overrides from the command line.
+def data_rules(values: dict[str, Any], where: str) -> DataConfig:
+    """The rules among the keys of a stage's data, given as plain values; see :func:`from_dict`."""
+    names = {item.name for item in dataclasses.fields(DataConfig)}
+    return from_dict(DataConfig, {key: value for key, value in values.items() if key in names}, where)
+
+
+def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[str, str | None]] = ()) -> Config:
+    """Read a JSON configuration and apply ``(key, text)`` overrides from the command line; None switches a key on.
 
     Raises:
         UserError: for a missing or malformed file and for every problem of its keys; exit code 2 when a
@@ -179,12 +197,15 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[s
     # A configuration that is already wrong is reported as it stands in the file, before the command line's turn.
     if not overrides:
         return from_dict(cls, values, str(path))
-    known = dict(_leaves(cls))
+    known = dict(leaves(cls))
     problems: list[Problem] = []
     for name, text in overrides:
         for key in _matches(name, known, problems):
+            if text is None and known[key].type is not bool:
+                problems.append(Problem(f"--{name}", "no value", f"--{name} VALUE"))
+                continue
             try:
-                _assign(values, key, _parse(text, known[key].type))
+                _assign(values, key, _parse("true" if text is None else text, known[key].type))
             except ValueError as error:
                 problems.append(Problem(f"--{name}", repr(text), str(error)))
     if problems:
@@ -192,48 +213,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[s
     return from_dict(cls, values, f"{path} with the command line's changes")
 
 
-def read_command_line(cls: type[Config], words: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration that ``--config FILE [--key value ...] [--fresh]`` describes, and whether to start afresh.
-
-    Raises:
-        UserError: see :func:`load_config`; ``--help`` leaves with the list of keys.
-    """
-    rest = list(words)
-    if "--help" in rest or "-h" in rest or not rest:
-        print("usage: --config FILE.json [--fresh] [--key value ...]\n\nkeys, each also by its last name:")
-        for key, leaf in _leaves(cls):
-            print(f"  --{key}  ({_name(leaf.type)})")
-        raise SystemExit(0 if rest else 2)
-    fresh = "--fresh" in rest
-    pairs = parse_overrides([word for word in rest if word != "--fresh"])
-    paths = [text for key, text in pairs if key == "config"]
-    if len(paths) != 1:
-        raise UserError(f"command line: found {len(paths)} --config, expected one --config FILE.json", exit_code=2)
-    return load_config(cls, paths[0], [pair for pair in pairs if pair[0] != "config"]), fresh
-
-
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Split ``--key value`` and ``--key=value`` arguments into pairs.
-
-    Raises:
-        UserError: (exit code 2) for a word that is not an option, or an option without a value.
-    """
-    pairs: list[tuple[str, str]] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"command line: found {word!r}, expected --key value", exit_code=2)
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            if not rest or (rest[0].startswith("--")):
-                raise UserError(f"command line: --{key}: found no value, expected --{key} VALUE", exit_code=2)
-            text = rest.pop(0)
-        pairs.append((key.replace("-", "_"), text))
-    return pairs
-
-
-class _Leaf(NamedTuple):
+class Leaf(NamedTuple):
     """A settable key: its type and the dataclass that owns it."""
 
     type: Any
@@ -267,17 +247,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, _Leaf]]:
+def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every settable key of a dataclass, dotted."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
         if dataclasses.is_dataclass(kind):
-            yield from _leaves(kind, f"{prefix}{item.name}.")
+            yield from leaves(kind, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", _Leaf(kind, cls)
+            yield f"{prefix}{item.name}", Leaf(kind, cls)
 
 
-def _matches(name: str, known: dict[str, _Leaf], problems: list[Problem]) -> list[str]:
+def _matches(name: str, known: dict[str, Leaf], problems: list[Problem]) -> list[str]:
     """The full keys that a command-line name stands for; a problem is noted where there is none or no single one."""
     if name in known:
         return [name]
@@ -351,7 +332,7 @@ def _build(cls: type[Config], values: Any, prefix: str, problems: list[Problem])
         elif dataclasses.is_dataclass(hints[key]) and item.default_factory is dataclasses.MISSING:
             arguments[key] = _build(hints[key], {}, f"{prefix}{key}.", problems)
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            problems.append(Problem(f"{prefix}{key}", "nothing", f"a value ({_name(hints[key])})"))
+            problems.append(Problem(f"{prefix}{key}", "nothing", f"a value ({type_name(hints[key])})"))
     if len(problems) > before:
         return None
     built = cls(**arguments)
@@ -379,7 +360,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    problems.append(Problem(key, _show(value), _name(kind)))
+    problems.append(Problem(key, _show(value), type_name(kind)))
     return None
 
 
@@ -388,7 +369,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
     """A type in words a user knows."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     if typing.get_origin(kind) is Literal:
@@ -396,5 +377,5 @@ def _name(kind: Any) -> str:
     if typing.get_origin(kind) in (tuple, dict):
         return "a list" if typing.get_origin(kind) is tuple else "an object {...}"
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return _name(typing.get_args(kind)[0]) + " or null"
+        return type_name(typing.get_args(kind)[0]) + " or null"
     return names.get(kind, "an object {...}")

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omni.audio import save_wav
+from omni.config import data_rules
 from omni.data.dialogue import Chat, read_chats
 from omni.evaluate.omni import Examiner, say
 from omni.exchange import Exchange
 from omni.features import FeatureStore
 from omni.load import load_omni
+from omni.summary import read_summary
 
 
 def example_exchanges(checkpoint: Path, manifest: Path, folder: Path) -> list[Exchange]:
@@ -23,7 +25,7 @@ def example_exchanges(checkpoint: Path, manifest: Path, folder: Path) -> list[Ex
     """
     model, tokenizer = load_omni(checkpoint)
     examiner = Examiner(model, tokenizer, FeatureStore(model))
-    chats = read_chats(manifest)
+    chats = read_chats(manifest, data_rules(read_summary(checkpoint)["config"]["data"], str(checkpoint)))
     found = []
     for kind, wanted in _KINDS.items():
         chat = next((chat for chat in chats if wanted(chat)), None)

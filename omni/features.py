@@ -11,12 +11,21 @@ from torch import nn
 
 from omni.audio import load_audio, log_mel
 from omni.cache import cache_key, through_cache
+from omni.config import UserError
 from omni.data.images import load_image
 from omni.data.speech import pad_frames
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.omni import OmniModel
 from omni.models.vision_encoder import VisionEncoder
 from omni.parallel import map_small
+
+
+class UnusableMediaError(UserError):
+    """Pictures or recordings that cannot be read, by path."""
+
+    def __init__(self, problems: dict[str, str]) -> None:
+        super().__init__("\n".join(problems.values()))
+        self.problems = problems
 
 
 class FeatureStore:
@@ -31,7 +40,11 @@ class FeatureStore:
         self._audios: dict[str, torch.Tensor] = {}
 
     def add(self, images: Iterable[str], audios: Iterable[str]) -> None:
-        """Encode what is not there yet."""
+        """Encode what is not there yet.
+
+        Raises:
+            UnusableMediaError: when some of it cannot be read.
+        """
         seeing, hearing = self.model.vision_encoder, self.model.audio_encoder
         self._images |= self._encoded("images", encode_images, seeing, _new(images, self._images))
         self._audios |= self._encoded("audio", encode_recordings, hearing, _new(audios, self._audios))
@@ -66,12 +79,28 @@ def _new(paths: Iterable[str], known: dict[str, torch.Tensor]) -> list[str]:
     return sorted({path for path in paths if path not in known})
 
 
+def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> list[torch.Tensor]:
+    """Read files; if some are unusable, say what is wrong with each of them."""
+
+    def attempt(path: str) -> torch.Tensor | UserError:
+        try:
+            return load(path)
+        except UserError as error:
+            return error
+
+    found = map_small(attempt, paths)
+    problems = {path: str(item) for path, item in zip(paths, found, strict=True) if isinstance(item, UserError)}
+    if problems:
+        raise UnusableMediaError(problems)
+    return [item for item in found if isinstance(item, torch.Tensor)]
+
+
 @torch.no_grad()
 def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int = 128) -> list[torch.Tensor]:
     """Patch tokens [P, D] of each picture, on the CPU."""
     device, found = next(encoder.parameters()).device, []
     for start in range(0, len(paths), batch_size):
-        pixels = map_small(lambda path: load_image(path, encoder.config.image_size), paths[start : start + batch_size])
+        pixels = _load(lambda path: load_image(path, encoder.config.image_size), paths[start : start + batch_size])
         found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
     return found
 
@@ -80,7 +109,7 @@ def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int 
 def encode_recordings(encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32) -> list[torch.Tensor]:
     """States [T, D] of each recording, on the CPU; batches hold recordings of similar length."""
     device, front = next(encoder.parameters()).device, log_mel(encoder.config.mel)
-    frames = map_small(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
+    frames = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
     order = sorted(range(len(paths)), key=lambda index: len(frames[index]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(paths)
     for start in range(0, len(order), batch_size):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni.atomic import write_whole
 from omni.config import UserError
 from omni.exchange import Exchange
 from omni.report import Figures, results_table, write_report
@@ -52,7 +53,7 @@ class RunFolder:
     def record(self, step: str, made_from: dict[str, str], seconds: float) -> None:
         """Note that a step is done."""
         self.steps[step] = {"made_from": made_from, "seconds": round(seconds, 1)}
-        write_whole(self.path / "state.json", json.dumps(self.steps, indent=1) + "\n")
+        write_whole(self.path / "state.json", (json.dumps(self.steps, indent=1) + "\n").encode())
 
     def read(self, file: str) -> Any:
         """A JSON file of the folder."""
@@ -257,14 +258,6 @@ def _ends_with_parent() -> Callable[[], None] | None:
     return lambda: library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _make_examples(size: str, folder: RunFolder) -> None:
     from omni.examples import example_exchanges
 
@@ -272,7 +265,8 @@ def _make_examples(size: str, folder: RunFolder) -> None:
     test = Path(read_summary(path)["config"]["data"]["test"])
     (folder.path / "examples").mkdir(parents=True, exist_ok=True)
     exchanges = example_exchanges(path, test, folder.path / "examples")
-    write_whole(folder.path / "examples.json", json.dumps([item.to_dict() for item in exchanges], indent=1) + "\n")
+    text = json.dumps([item.to_dict() for item in exchanges], indent=1) + "\n"
+    write_whole(folder.path / "examples.json", text.encode())
 
 
 def _make_report(size: str, folder: RunFolder) -> None:

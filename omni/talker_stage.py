@@ -34,6 +34,7 @@ def talker_stage(
     run: RunConfig,
     caches: Sequence[Path],
     val_sentences: int,
+    left_out: int = 0,
 ) -> Stage:
     """Align the recordings, encode them, and describe the Talker's training on them.
 
@@ -46,6 +47,7 @@ def talker_stage(
         run: the run's keys.
         caches: folders where alignments, codes and embeddings are looked for; new ones go to the first.
         val_sentences: sentences generated and graded at each validation.
+        left_out: rows of the training manifest that cannot be used.
     """
     parts = []
     for part, name in zip(voices, ("training", "validation"), strict=True):
@@ -62,6 +64,7 @@ def talker_stage(
         batches = (batch.to(speech.device) for batch in ordered_batches(parts[1], 16, run.val_batches))
         return validate_talker(speech, batches) | grade_samples(speech, encoder, voices[1], mind, val_sentences)
 
-    stream = BatchStream(parts[0], config.batch_size, run.seed, parts[0].lengths, run.num_workers)
+    left_out += voices[0].recordings.left_out
+    stream = BatchStream(parts[0], config.batch_size, run.seed, parts[0].lengths, run.num_workers, left_out=left_out)
     weights = {"codes": 1.0, "stop": 0.1, "durations": 1.0}
     return Stage([speech.talker], stream, loss, evaluate, config, weights, "frames")

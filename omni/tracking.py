@@ -7,11 +7,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from omni.config import UserError
 from omni.console import log
 
 
@@ -23,23 +26,37 @@ class MetricsLog:
 
     def __init__(self, path: Path, position: int) -> None:
         """Open the file and cut it at ``position`` bytes, dropping lines written after the checkpoint."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-        self._file.truncate(min(position, path.stat().st_size))
-        self._file.seek(0, os.SEEK_END)
+        self._path = path
+        with self._disk_errors():
+            self._file = path.open("ab")
+            self._file.truncate(min(position, path.stat().st_size))
+            self._file.seek(0, os.SEEK_END)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and hand it to the operating system."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        with self._disk_errors():
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
 
     def position(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+        """Bytes written so far; they are on the disk."""
+        with self._disk_errors():
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}); make room, and the same command continues"
+            ) from None
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk had refused was reported when it was written."""
+        with suppress(OSError):
+            self._file.close()
 
 
 class TensorBoard:

@@ -29,11 +29,46 @@ class StreamLike(Protocol):
 
     def __next__(self) -> BatchLike: ...
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def num_bad(self) -> int:
+        """Samples that could not be used."""
+
+    def where(self, index: int) -> str:
+        """Where a row stands in the user's files."""
+
+    def state_dict(self) -> dict[str, Any]:
         """The position after the batches used so far."""
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
+
+    def close(self) -> None:
+        """Let go of processes and files."""
+
+
+@dataclass
+class RunState:
+    """The small state of a run that a checkpoint must hold."""
+
+    phase: int = 0
+    step: int = 0  # of this phase, skipped batches included
+    total_step: int = 0  # over all phases
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    stale: int = 0  # validations since the best
+    stopped_early: bool = False
+    seen: dict[str, int] = field(default_factory=dict)  # targets seen, by phase and unit
+    seconds: float = 0.0
+    window_loss: float = 0.0  # sums since the last line in the log
+    window_steps: int = 0
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)  # last validation of each phase
+
+    def next_phase(self) -> None:
+        """Go on to the next phase; what counts over all phases stays."""
+        self.phase += 1
+        self.step = self.stale = self.window_steps = 0
+        self.best, self.stopped_early, self.window_loss = None, False, 0.0
 
 
 LossFunction = Callable[[Any, Any], dict[str, torch.Tensor]]  # (model, batch) -> sums

@@ -12,19 +12,19 @@ same as one large batch, also when they have unequal numbers of targets.
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from omni import checkpoint
-from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, read_command_line, to_dict
+from omni.anomaly import AnomalyWatch
+from omni.checkpoint import claim_folder
+from omni.command_line import read_command_line
+from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, to_dict
 from omni.console import log, user_errors
 from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
 from omni.optim import build_optimizer, get_lr_scheduler, restore_optimizer, trainable_parameters
@@ -36,8 +36,9 @@ from omni.runtime import (
     seed_everything,
     setup_compute,
 )
+from omni.save_folder import SaveFolder
 from omni.tracking import MetricsLog, Progress, TensorBoard, format_figures
-from omni.training_types import BatchLike, Run, Stage
+from omni.training_types import BatchLike, Run, RunState, Stage
 
 __all__ = [
     "Loop",
@@ -51,98 +52,67 @@ __all__ = [
 ]
 
 
-@dataclass
-class _Progress:
-    """The small state of a run that a checkpoint must hold."""
-
-    phase: int = 0
-    step: int = 0  # of this phase, skipped batches included
-    total_step: int = 0  # over all phases
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best: float | None = None
-    stale: int = 0  # validations since the best
-    stopped_early: bool = False
-    seen: dict[str, int] = field(default_factory=dict)  # targets seen, by phase and unit
-    seconds: float = 0.0
-    window_loss: float = 0.0  # sums since the last line in the log
-    window_steps: int = 0
-    figures: dict[str, dict[str, float]] = field(default_factory=dict)  # last validation of each phase
-
-
 class Loop:
     """Runs the phases of one :class:`Run` and keeps its promises; see the module's docstring."""
 
     def __init__(self, run: Run, config: StageConfig, precision: Precision, fresh: bool = False) -> None:
         self.run, self.config, self.precision = run, config, precision
         self.options: RunConfig = config.run
-        self.save_dir = config.save_dir
-        self.state = _Progress()
-        self._training: dict[str, Any] | None = None  # loaded optimizer and stream state, until its phase begins
+        self.folder = SaveFolder(config.save_dir, run, fresh, config.run.keep_last)
         self._signal: int | None = None
-        self._lock = checkpoint.claim_folder(self.save_dir, fresh)
-        self._resume()
-        self.metrics = MetricsLog(self.save_dir / "metrics.jsonl", self._training["metrics"] if self._training else 0)
-        for name, data in run.assets.items():
-            (self.save_dir / name).write_bytes(data)
-        (self.save_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-    # ---- resume ----
-
-    def _resume(self) -> None:
-        """Continue from the newest undamaged checkpoint of ``save_dir``, if there is one."""
-        for path, summary, tensors, problem in checkpoint.resume_candidates(self.save_dir, self.run.kind):
-            if tensors is None:
-                log.warning("passing over %s", problem)
-                continue
-            checkpoint.refuse_another_run(path, summary, self.run.model_config, self.run.lineage)
-            checkpoint.load_weights(self.run.model, tensors["weights"], str(path))
-            self._training = tensors["training"]
-            self.state = _Progress(**self._training["progress"])
-            log.info(
-                "resuming from %s (phase %s, step %d)", path, self.run.phases[self.state.phase][0], self.state.step
-            )
+        self._watch = AnomalyWatch(run.model) if config.run.detect_anomaly else None
+        self._training = self.folder.resume()  # optimizer and stream state, until its phase begins
+        self.state = RunState(**self._training["progress"]) if self._training else RunState()
+        if self._training:
+            log.info("resuming from %s (phase %s, step %d)", self.folder.last_good, self._phase_name, self.state.step)
+        self.metrics = MetricsLog(
+            self.folder.path / "metrics.jsonl", self._training["metrics"] if self._training else 0
+        )
+        self.folder.begin(to_dict(config))
 
     # ---- the run ----
 
     def train(self) -> None:
         """Run every phase that is left, then write the final checkpoint."""
         if self._finished():
-            log.info("%s: complete, nothing to do (--fresh starts over)", self.save_dir / f"{self.run.kind}.pt")
+            log.info("%s: complete, nothing to do (--fresh starts over)", self.folder.final)
             return
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while self.state.phase < len(self.run.phases):
+            while True:
                 self._run_phase(*self.run.phases[self.state.phase])
                 if self.state.phase == len(self.run.phases) - 1:
                     break
-                self._next_phase()
-            self._save(self.save_dir / f"{self.run.kind}.pt")
-            log.info("saved %s", self.save_dir / f"{self.run.kind}.pt")
+                self.state.next_phase()
+            self._save(self.folder.final.name)
+            log.info("saved %s", self.folder.final)
+        except RuntimeError as error:  # raised by torch in the middle of whatever is being done
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that prepares batches was killed, perhaps for want of memory ({str(error).split('.')[0]}); "
+                f"lower num_workers or batch_size. {self.folder.standing()}"
+            ) from None
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.metrics.close()
 
+    @property
+    def _phase_name(self) -> str:
+        return self.run.phases[self.state.phase][0]
+
     def _finished(self) -> bool:
-        final = self.save_dir / f"{self.run.kind}.pt"
         last_phase = self.state.phase == len(self.run.phases) - 1
-        if not (last_phase and self._training and final.exists()):
+        if not (last_phase and self._training and self.folder.final.exists()):
             return False
-        stage_config = self._phase_config(self.state.phase)
-        return self.state.stopped_early or self.state.step >= stage_config.max_steps
+        return self.state.stopped_early or self.state.step >= self._phase_config(self.state.phase).max_steps
 
     def _phase_config(self, phase: int) -> PhaseConfig:
         name = self.run.phases[phase][0]
         found = getattr(self.config, name)
         assert isinstance(found, PhaseConfig), f"phase {name} must be named as its PhaseConfig in the configuration"
         return found
-
-    def _next_phase(self) -> None:
-        self.state.phase += 1
-        self.state.step = self.state.stale = 0
-        self.state.best, self.state.stopped_early = None, False
-        self.state.window_loss, self.state.window_steps = 0.0, 0
 
     def _run_phase(self, name: str, build: Callable[[], Stage]) -> None:
         """Train one phase from wherever it stands."""
@@ -155,9 +125,9 @@ class Loop:
         self.run.model.requires_grad_(False)
         for module in stage.trains:
             module.requires_grad_(True)
-        named = trainable_parameters(stage.trains)
-        self.parameters = [parameter for _, parameter in named]
-        self.stage, self.optimizer = stage, build_optimizer(named, stage.config)
+        self.named = trainable_parameters(stage.trains)
+        self.parameters = [parameter for _, parameter in self.named]
+        self.stage, self.optimizer = stage, build_optimizer(self.named, stage.config)
         self.scaler = torch.amp.GradScaler(self.precision.device.type, enabled=self.precision.needs_scaler)
         set_lr = get_lr_scheduler(
             self.optimizer, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
@@ -174,12 +144,15 @@ class Loop:
             self.run.kind, name, stage.config.max_steps, stage.config.gradient_accumulation_steps,
             stage.config.batch_size, millions, self.precision.name, self.precision.device,
         )  # fmt: skip
-        self.board = TensorBoard(self.save_dir / "tensorboard" / name, self.options.tensorboard, self.state.step)
+        self.board = TensorBoard(self.folder.path / "tensorboard" / name, self.options.tensorboard, self.state.step)
         self.progress = Progress(name, self.state.step, stage.config.max_steps)
         try:
+            self._heed_signal()
             while self.state.step < stage.config.max_steps and not self.state.stopped_early:
                 self._step(name, set_lr)
+                self._heed_signal()
         finally:
+            stage.stream.close()
             self.progress.close()
             self.board.close()
         if self.state.phase < len(self.run.phases) - 1:
@@ -191,12 +164,12 @@ class Loop:
         started = time.perf_counter()
         self._train_mode()
         lr = set_lr(state.step)
-        batches = [next(stage.stream) for _ in range(stage.config.gradient_accumulation_steps)]
+        position, (batches, rows) = stage.stream.state_dict(), self._fetch()
         loss, norm, problem = self._update(batches)
         state.step += 1
         state.total_step += 1
         if problem:
-            self._skip(name, problem)
+            self._skip(name, problem, position, rows)
         else:
             state.skipped_in_a_row = 0
             state.window_loss += loss
@@ -212,12 +185,30 @@ class Loop:
             self._report(name, lr, norm, targets / elapsed)
         if state.step % self.options.val_freq == 0 or last:
             self._validate(name)
+        if state.step % self.options.checkpoint_freq == 0 and not last and self._signal is None:
+            self._save_periodic()
+
+    def _fetch(self) -> tuple[list[BatchLike], list[int]]:
+        """The micro-batches of a step and the rows that they hold."""
+        stream, batches, rows = self.stage.stream, [], []
+        position = stream.state_dict()
+        try:
+            for _ in range(self.stage.config.gradient_accumulation_steps):
+                batches.append(next(stream))
+                rows += stream.rows
+        except UserError as error:  # nothing of this step is done: what was trained until here is kept
+            stream.load_state_dict(position)
+            if self.state.total_step:
+                self._save_periodic()
+            raise UserError(f"{error}. {self.folder.standing()}") from None
+        return batches, rows
+
+    def _heed_signal(self) -> None:
+        """Save and leave, if a signal has asked for it."""
         if self._signal is not None:
             self._save_periodic()
             log.info("stopped by signal %d after saving; the same command continues", self._signal)
             raise SystemExit(128 + self._signal)
-        if state.step % self.options.checkpoint_freq == 0 and not last:
-            self._save_periodic()
 
     def _train_mode(self) -> None:
         """Training mode for what is trained, evaluation mode for what is frozen."""
@@ -232,6 +223,8 @@ class Loop:
             for term, count in batch.counts.items():
                 totals[term] = totals.get(term, 0) + count
         self.optimizer.zero_grad(set_to_none=True)
+        if self._watch:
+            self._watch.begin()
         loss_sum = torch.zeros((), device=self.precision.device)
         try:
             for batch in batches:
@@ -264,20 +257,25 @@ class Loop:
             loss = loss + self.stage.weights[term] * total.float() / max(1, totals[term])
         return loss
 
-    def _skip(self, name: str, problem: str) -> None:
+    def _skip(self, name: str, problem: str, position: dict[str, Any], rows: list[int]) -> None:
+        """Count and log a skipped batch; ``position`` and ``rows`` say which data it held."""
         state = self.state
         state.skipped += 1
         state.skipped_in_a_row += 1
         if self.stage.after_skip is not None:
             self.stage.after_skip()
-        record = {"phase": name, "step": state.step, "event": "skip", "why": problem, "rows": self.stage.stream.rows}
-        self.metrics.write(record)
-        log.warning("step %d: batch skipped: %s; rows %s", state.step, problem, self.stage.stream.rows[:8])
+        if self._watch:
+            problem += f"; {self._watch.report(self.named)}"
+        where = [self.stage.stream.where(row) for row in rows]
+        data = {"epoch": position["epoch"], "batch": position["used"], "rows": where}
+        self.metrics.write({"phase": name, "step": state.step, "event": "skip", "why": problem, **data})
+        shown = ", ".join(where[:8]) + (f" and {len(where) - 8} more" if len(where) > 8 else "")
+        log.warning("step %d: batch skipped: %s; rows %s", state.step, problem, shown)
         if state.skipped_in_a_row >= self.options.max_consecutive_skips:
             raise UserError(
                 f"{name}: {state.skipped_in_a_row} batches in a row were skipped, the last at step {state.step} "
-                f"({problem}; rows {self.stage.stream.rows[:8]}); the last good checkpoint stays in {self.save_dir}. "
-                "Lower lr, raise max_grad_explosion, or look at these rows"
+                f"({problem}; rows {shown}). {self.folder.standing()}. "
+                "Lower lr, raise max_grad_explosion, look at these rows, or find the place with --detect_anomaly"
             )
 
     # ---- reports, validation, checkpoints ----
@@ -289,6 +287,7 @@ class Loop:
         state.window_loss, state.window_steps = 0.0, 0
         seen = state.seen[f"{name}.{self.stage.unit}"]
         counters = {"epoch": self.stage.stream.epoch, "seen": seen, "skipped": state.skipped}
+        counters["bad_samples"] = self.stage.stream.num_bad
         timing = {"seconds": round(state.seconds, 3), "throughput": round(throughput, 1)}
         record = {"phase": name, "step": state.step, "event": "train", **figures, **counters, "timing": timing}
         self.metrics.write(record)
@@ -308,9 +307,9 @@ class Loop:
         if config.monitor not in figures:
             raise UserError(f"{name}.monitor: found {config.monitor!r}, expected one of {', '.join(figures)}")
         figure = figures[config.monitor] * (1 if config.monitor_mode == "min" else -1)
-        if state.best is None or figure < state.best - config.min_delta:
+        if figure < (math.inf if state.best is None else state.best - config.min_delta):  # NaN is never the best
             state.best, state.stale = figure, 0
-            self._save(self.save_dir / f"{self.run.kind}_best.pt", training=False)
+            self._save(f"{self.run.kind}_best.pt", training=False)
             return
         state.stale += 1
         if config.patience and state.stale >= config.patience:
@@ -318,17 +317,11 @@ class Loop:
             log.info("stopping early: %s has not improved in %d validations", config.monitor, state.stale)
 
     def _save_periodic(self) -> None:
-        self._save(self.save_dir / f"{self.run.kind}_step_{self.state.total_step}.pt")
-        checkpoint.prune(self.save_dir, self.run.kind, self.options.keep_last)
+        self._save(f"{self.run.kind}_step_{self.state.total_step}.pt")
 
-    def _save(self, path: Path, training: bool = True) -> None:
+    def _save(self, name: str, training: bool = True) -> None:
         """Write a checkpoint; without ``training`` it holds the weights alone and cannot be resumed from."""
-        tensors: dict[str, Any] = {
-            "weights": self.run.model.state_dict(),
-            "assets": {
-                name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self.run.assets.items()
-            },
-        }
+        tensors: dict[str, Any] = {"weights": self.run.model.state_dict()}
         if training:
             tensors["training"] = {
                 "progress": vars(self.state),
@@ -338,7 +331,7 @@ class Loop:
                 "random": random_state(),
                 "metrics": self.metrics.position(),
             }
-        checkpoint.save_checkpoint(path, tensors, self._summary(training))
+        self.folder.save(name, tensors, self._summary(training))
 
     def _summary(self, training: bool) -> dict[str, Any]:
         state = self.state
@@ -347,8 +340,7 @@ class Loop:
             for name, part in self.run.model.named_children()
         }
         return {
-            "kind": self.run.kind,
-            "phase": self.run.phases[state.phase][0],
+            "phase": self._phase_name,
             "phases": [name for name, _ in self.run.phases],
             "step": state.step,
             "max_steps": self._phase_config(state.phase).max_steps,
@@ -361,8 +353,6 @@ class Loop:
             "precision": self.precision.name,
             "figures": state.figures,
             "config": to_dict(self.config),
-            "model_config": self.run.model_config,
-            "lineage": self.run.lineage,
         }
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -385,9 +375,10 @@ def run_stage(config_class: type[StageConfig], build: Build, arguments: Sequence
         words = list(sys.argv[1:] if arguments is None else arguments)
         config, fresh = read_command_line(config_class, words)
         precision = setup_compute(config.run)
-        seed_everything(config.run.seed)
-        run = build(config, precision)
-        run.model.to(precision.device)
-        Loop(run, config, precision, fresh).train()
+        with claim_folder(config.save_dir):
+            seed_everything(config.run.seed)
+            run = build(config, precision)
+            run.model.to(precision.device)
+            Loop(run, config, precision, fresh).train()
 
     return user_errors(main)

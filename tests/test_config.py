@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
+from omni.command_line import read_command_line
 from omni.config import (
     PhaseConfig,
     Problem,
@@ -22,7 +23,6 @@ from omni.config import (
     UserError,
     from_dict,
     load_config,
-    read_command_line,
     to_dict,
 )
 from omni.stages import STAGES, StageInfo

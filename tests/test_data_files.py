@@ -167,7 +167,8 @@ def test_bad_recordings_are_all_listed_or_left_out(tmp_path: Path) -> None:
         Recordings(rows, MelConfig())
     skip = DataConfig(on_bad_sample="skip", max_bad_fraction=0.5)
     found = Transcribed(rows, MelConfig(), lambda frames: frames, False, "training", skip)
-    assert [found.text(index) for index in range(len(found))] == ["one", "three"]
+    assert [found.sample(index, None)[2] for index in range(len(found))] == ["one", "three"]
+    assert found.recordings.left_out == 2
     assert len(found.symbols) == 2 and found.sample(1, None)[1] == found.symbols[1]
     with pytest.raises(UserError, match=r"2 of 4 samples cannot be used, expected at most 0\.05"):
         Recordings(rows, MelConfig(), DataConfig(on_bad_sample="skip"))

@@ -1,9 +1,13 @@
 """The fused model: what pictures and recordings do to it, and that decoding is the same however it is batched."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import sft_omni
+from omni.checkpoint import save_checkpoint
+from omni.config import UserError
 from omni.data.dialogue import Encoded, collate_chats
 from omni.generate import Sampling, choose, embed_batch, stream_tokens
 from omni.losses import next_token_loss_sum
@@ -45,6 +49,21 @@ def model():
     for projector in (model.image_projector, model.audio_projector):
         match_rms(projector, model.thinker.embed_tokens.weight)
     return model
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    """Its tokens would mean something else to the vision tower and to the Talker."""
+
+    def config(**paths):
+        return SimpleNamespace(thinker_ckpt="thinker.pt", **{key: str(path) for key, path in paths.items()})
+
+    ours, theirs, without = (tmp_path / f"{name}.pt" for name in ("ours", "theirs", "without"))
+    for path, tokenizer in ((ours, "aaaa"), (theirs, "bbbb"), (without, None)):
+        save_checkpoint(path, {}, {"lineage": {"tokenizer": tokenizer}})
+    sft_omni.refuse_other_tokenizer(config(vision_ckpt=ours, talker_ckpt=without), "aaaa")
+    for paths in ({"vision_ckpt": theirs, "talker_ckpt": ours}, {"vision_ckpt": ours, "talker_ckpt": theirs}):
+        with pytest.raises(UserError, match=r"theirs\.pt: trained with tokenizer bbbb, but thinker\.pt has .* aaaa"):
+            sft_omni.refuse_other_tokenizer(config(**paths), "aaaa")
 
 
 def features(seed, shape):

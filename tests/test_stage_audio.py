@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from omni.evaluate.audio_enc import infeasible, recognize_manifest
+from omni.data.speech import Recordings, read_speech_manifest
+from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
 from tests.conftest import ROOT, command, metrics
 
@@ -35,8 +36,9 @@ def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_co
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
     encoder = load_audio_encoder(tmp_path / "run" / "audio_enc.pt")
-    assert len(recognize_manifest(encoder, babble / "asr.csv", limit=3).hypotheses) == 3
-    assert infeasible(encoder, babble / "asr.csv").value == 0
+    recordings = Recordings(read_speech_manifest(babble / "asr.csv")[:3], encoder.config.mel)
+    assert len(recognize(encoder, recordings).hypotheses) == 3
+    assert infeasible(encoder, recordings).value == 0
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     (tmp_path / "again" / "audio_enc.pt").unlink()
     again = command(SCRIPT, "--config", path, "--save_dir", tmp_path / "again")
@@ -55,7 +57,7 @@ def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_co
         ("wav,text\n0.wav,\n0.wav,b\n", ":2: found no text"),
         ("wav,text\n0.wav,a,b\n0.wav,b\n", ":2: more fields than columns"),
         ("wav,text\nasr.csv,a\n0.wav,b\n", ":2: "),
-        ("wav,text\n0.wav,a\n", "found one row"),
+        ("wav,text\n0.wav,a\n", "found one file"),
     ],
 )
 def test_bad_manifest_is_named_and_nothing_overwritten(
@@ -67,12 +69,12 @@ def test_bad_manifest_is_named_and_nothing_overwritten(
     if content is not None:
         manifest.write_text(content)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "audio_enc.pt").write_bytes(b"an earlier one")
+    (tmp_path / "run" / "audio_enc_best.pt").write_bytes(b"an earlier one")
     done = command(SCRIPT, "--config", write_config(config(manifest, tmp_path / "run")))
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith("error: ") and expected in done.stderr and "bad.csv" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "run" / "audio_enc.pt").read_bytes() == b"an earlier one"
+    assert (tmp_path / "run" / "audio_enc_best.pt").read_bytes() == b"an earlier one"
 
 
 def test_utterances_too_short_for_their_text_are_counted(babble: Path, tmp_path: Path, write_config: Write) -> None:

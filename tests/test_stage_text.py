@@ -7,11 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import train_text
+from omni.data.text import packed
 from omni.load import load_thinker
+from omni.models.thinker import Thinker, ThinkerConfig
 from omni.summary import read_summary
+from omni.tokenizer import Tokenizer
 from tests.conftest import ROOT, command, metrics
+from tests.test_training_loop import gradient
 
 SCRIPT = ROOT / "train_text.py"
 
@@ -94,3 +101,23 @@ def test_wrong_usage(words: list[str], expected: str, babble: Path, tmp_path: Pa
 def test_help_lists_the_keys() -> None:
     done = command(SCRIPT, "--help")
     assert done.returncode == 0 and "--model.ctx_len" in done.stdout and "--run.seed" in done.stdout
+
+
+def test_accumulation_of_the_thinker(babble: Path) -> None:
+    """4 batches of 8 windows have the gradient of 1 of 32, although each has other numbers of targets of both terms."""
+    text = "".join(
+        f"<|user|> {'why ' * (i % 7 + 1)}<|end|><|assistant|> {'so ' * (i % 5)}<|end|>\n\n" for i in range(200)
+    )
+    tokenizer = Tokenizer.train(text.splitlines(), 300)
+    tokens = np.array(tokenizer.encode(text))
+    windows = packed(tokens, 24, tokenizer, separate_documents=True, in_order=True)
+    gradients, counts = [], []
+    for rows in ([range(32)], [range(i, i + 8) for i in range(0, 32, 8)]):
+        torch.manual_seed(0)
+        shape = {"ctx_len": 24, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 64}
+        thinker = Thinker(ThinkerConfig(vocab_size=tokenizer.vocab_size, **shape))
+        batches = [windows.collate([windows.sample(i, None) for i in part]) for part in rows]
+        counts.append([batch.counts["answers"] for batch in batches])
+        gradients.append(gradient(thinker, train_text.loss, {"tokens": 1.0, "answers": 0.5}, batches))
+    assert len(set(counts[1])) > 1 and sum(counts[1]) == counts[0][0]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)

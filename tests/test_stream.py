@@ -28,6 +28,9 @@ class Samples:
     def sample(self, index: int, rng: np.random.Generator | None) -> Any:
         return index + (0 if rng is None else float(rng.random()) / 2)
 
+    def where(self, index: int) -> str:
+        return f"numbers.txt:{index + 1}"
+
     def collate(self, samples: list[Any]) -> Numbers:
         return Numbers({"items": len(samples)}, torch.tensor(samples))
 
@@ -46,14 +49,16 @@ def test_resume_continues_where_it_stopped(lengths: list[int] | None, workers: i
         again = BatchStream(Samples(23), 4, 5, lengths, workers)
         again.load_state_dict(first.state_dict())
         assert take(again, 17 - cut) == whole[cut:]
+        first.close()
+        again.close()
         if workers:
             break  # one position is enough with processes
 
 
-def test_state_is_two_integers_and_does_not_grow() -> None:
+def test_position_is_two_integers_and_does_not_grow() -> None:
     stream = BatchStream(Samples(23), 4, 5)
     take(stream, 1003)
-    assert stream.state_dict() == {"epoch": 200, "used": 3}
+    assert stream.state_dict() == {"epoch": 200, "used": 3, "bad": []}
 
 
 def test_every_epoch_has_another_order_and_every_sample_at_most_once() -> None:

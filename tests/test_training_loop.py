@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from omni.checkpoint import load_checkpoint, read_summary
 from omni.config import UserError, load_config
 from omni.optim import lr_ratio
-from omni.runtime import Precision, seed_everything, setup_compute
+from omni.runtime import Precision, seed_everything
 from omni.training_utils import (
     Loop,
     check_gradient_explosion,
@@ -51,11 +52,11 @@ def train(config: Path, save_dir: Path, *words: str, fresh: bool = False) -> int
     return run_stage(ToyConfig, build, ["--config", str(config), "--save_dir", str(save_dir), *words, *more])
 
 
-def start(config: Path, save_dir: Path, *words: str) -> subprocess.Popen[str]:
+def start(config: Path, save_dir: Path, *words: str, group: bool = False) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.toy", "--config", str(config), "--save_dir", str(save_dir), *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=group,
     )  # fmt: skip
 
 
@@ -212,42 +213,47 @@ def test_fresh_sets_the_earlier_run_aside(whole: Path, config: Path, capsys: pyt
 
 
 def test_two_runs_in_one_folder_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    loaded = load_config(ToyConfig, config, [("save_dir", str(tmp_path / "run"))])
-    precision = setup_compute(loaded.run)
-    loop = Loop(build(loaded, precision), loaded, precision)
+    child = start(config, tmp_path / "run", "--sleep", "0.1")
+    wait_for_steps(child, tmp_path / "run", 1)
     assert train(config, tmp_path / "run") == 1
-    assert "another run is writing here" in capsys.readouterr().err
-    loop._lock.close()
+    assert f"another run is writing here (process {child.pid} on " in capsys.readouterr().err
+    child.kill()
+    child.communicate(timeout=240)
+    assert train(config, tmp_path / "run") == 0  # the lock of a dead process holds nobody up
 
 
 # ---- what must not change the weights ----
 
 
 def test_evaluation_changes_nothing(whole: Path, config: Path, tmp_path: Path) -> None:
-    train(config, tmp_path / "often", "--val_freq", "1")
-    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(tmp_path / "often").items())
+    for often in ("1", "1000"):
+        train(config, tmp_path / often, "--val_freq", often)
+        assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(tmp_path / often).items())
+
+
+def gradient(model: torch.nn.Module, compute_loss: Any, weights: dict[str, float], batches: list[Any]) -> torch.Tensor:
+    """All gradients of one step of the loop, as one vector."""
+    loop = object.__new__(Loop)
+    loop.precision = Precision(torch.device("cpu"), torch.float32)
+    loop.run = SimpleNamespace(model=model)  # type: ignore[assignment]
+    loop.options, loop._watch = load_defaults().run, None
+    loop.stage = SimpleNamespace(weights=weights, after_update=None, compute_loss=compute_loss)  # type: ignore[assignment]
+    loop.parameters = list(model.parameters())
+    loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)
+    loop.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert loop._update(batches)[2] is None
+    return torch.cat([p.grad.flatten() for p in loop.parameters if p.grad is not None])
 
 
 def test_accumulation_is_one_large_batch_with_unequal_targets() -> None:
-    """The gradient of k batches of b is that of one batch of k * b, although they have different target counts."""
-    precision, data = Precision(torch.device("cpu"), torch.float32), Data()
-    gradients = []
-    for parts in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1, 2, 3]]):
+    """The gradient of 4 batches of 8 is that of one batch of 32, although they have different target counts."""
+    data, gradients = Data(), []
+    for parts in ([list(range(32))], [list(range(i, i + 8)) for i in range(0, 32, 8)], [[0], list(range(1, 32))]):
         seed_everything(0)
-        model = Toy(8, 0.0)
-        loop = object.__new__(Loop)
-        loop.precision, loop.run = precision, type("R", (), {"model": model})()  # type: ignore[assignment]
-        loop.options = load_defaults().run
-        weighted = {"weights": {"points": 1.0}, "after_update": None}
-        loop.stage = type("S", (), {**weighted, "compute_loss": staticmethod(toy_loss)})()  # type: ignore[assignment]
-        loop.parameters = list(model.parameters())
-        loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)
-        loop.scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = [data.collate([data.sample(i, None) for i in rows]) for rows in parts]
-        assert loop._update(batches)[2] is None  # type: ignore[arg-type]
-        gradients.append(torch.cat([p.grad.flatten() for p in loop.parameters if p.grad is not None]))
+        gradients.append(gradient(Toy(8, 0.0), toy_loss, {"points": 1.0}, batches))
     seed_everything(0)
-    model, batch = Toy(8, 0.0), data.collate([data.sample(i, None) for i in range(4)])
+    model, batch = Toy(8, 0.0), data.collate([data.sample(i, None) for i in range(32)])
     (error_sum(model, batch) / batch.counts["points"]).backward()  # the mean over all targets, without the loop
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for found in gradients:

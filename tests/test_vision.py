@@ -361,5 +361,5 @@ def test_a_run_learns_resumes_exactly_and_can_be_rebuilt(world: Path, tokenizer:
     rebuilt = Tokenizer(checkpoint.as_bytes(whole["assets"]["tokenizer.model"]))
     figures = vision_figures(model, rebuilt, world / "train.json", combinations=world / "plain.json")
     assert figures["caption_swap"].n == 40 and "image_to_text_r1_unseen_combinations" in figures
-    raw = match_manifest(model, rebuilt, world / "train.json", limit=8)
-    assert raw.image_NE.shape == (8, SMALL.embed_dim)
+    raw = match_manifest(model, rebuilt, world / "train.json")
+    assert raw.image_NE.shape == (40, SMALL.embed_dim)

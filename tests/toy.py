@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from omni.config import PhaseConfig, StageConfig
+from omni.config import DataConfig, PhaseConfig, StageConfig, UserError
 from omni.data.stream import Batch, BatchStream
 from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
@@ -30,6 +30,9 @@ class ToyConfig(StageConfig):
     poison: tuple[int, ...] = ()  # calls of the loss that give NaN
     idle: tuple[int, ...] = ()  # calls of the loss in which nothing that is trained takes part
     val_noise: bool = True
+    burst: str = ""  # a module whose output, or whose gradient ("... backward"), becomes NaN in the second step
+    data: DataConfig = field(default_factory=DataConfig)
+    bad_rows: tuple[int, ...] = ()  # rows that cannot be read
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Points(Batch):
 class Data:
     """Noisy lines; row i has 1 + i % 5 targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad_rows: tuple[int, ...] = ()) -> None:
+        self.bad_rows = bad_rows
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(37, 5, 4)).astype(np.float32)
         self.y = self.x.sum(-1)
@@ -53,8 +57,13 @@ class Data:
         return len(self.x)
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Any:
+        if index in self.bad_rows:
+            raise UserError("truncated, expected a whole row")
         noise = 0 if rng is None else rng.normal(scale=0.05, size=self.x[index].shape).astype(np.float32)
         return self.x[index] + noise, self.y[index], np.arange(5) <= index % 5
+
+    def where(self, index: int) -> str:
+        return f"toy.csv:{index + 2}"
 
     def collate(self, samples: list[Any]) -> Points:
         x, y, valid = (torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
@@ -77,10 +86,23 @@ def error_sum(model: Toy, batch: Points) -> torch.Tensor:
     return ((model(batch.x_BTD) - batch.y_BT).square() * batch.valid_BT).sum()
 
 
+def spoil(call: int, backward: bool, output: torch.Tensor) -> torch.Tensor:
+    """NaN in the third and fourth call of the loss: the second step, with two micro-batches a step."""
+    if call not in (3, 4):
+        return output
+    if not backward:
+        return output * float("nan")
+    output.register_hook(lambda gradient: gradient * float("nan"))
+    return output
+
+
 def build(config: ToyConfig, precision: Precision) -> Run:
     """The toy and its two phases."""
     model = Toy(config.width, config.dropout)
     calls = [0]
+    if config.burst:
+        name, _, backward = config.burst.partition(" ")
+        model.get_submodule(name).register_forward_hook(lambda *hooked: spoil(calls[0], bool(backward), hooked[2]))
 
     def loss(model: Toy, batch: Points) -> dict[str, torch.Tensor]:
         calls[0] += 1
@@ -101,7 +123,10 @@ def build(config: ToyConfig, precision: Precision) -> Run:
 
     def phase(part: nn.Module, settings: PhaseConfig) -> Callable[[], Stage]:
         def start() -> Stage:
-            stream = BatchStream(Data(), settings.batch_size, config.run.seed)
+            data = Data(config.bad_rows)
+            stream = BatchStream(
+                data, settings.batch_size, config.run.seed, num_workers=config.run.num_workers, rules=config.data
+            )
             return Stage([part], stream, loss, evaluate, settings, {"points": 1.0}, unit="points")
 
         return start

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omni.audio import MelConfig, load_audio
-from omni.config import DataConfig, UserError, from_dict
+from omni.config import DataConfig, UserError, data_rules, from_dict
 from omni.data.dialogue import scan_chats
 from omni.data.entries import type_name
 from omni.data.images import load_image, scan_image_manifest
@@ -113,8 +112,7 @@ def _read_task(path: Path) -> _Task:
     data = values.get("data")
     if not isinstance(data, dict):
         raise UserError(f"{path}: data: found {type_name(data)}, expected an object {{...}}")
-    names = {item.name for item in dataclasses.fields(DataConfig)}
-    rules = from_dict(DataConfig, {key: data[key] for key in data if key in names}, f"{path}: data")
+    rules = data_rules(data, f"{path}: data")
     encoder = None
     if stage.kind == "audio_enc":
         encoder = from_dict(AudioEncoderConfig, values.get("model", {}), f"{path}: model")

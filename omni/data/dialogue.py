@@ -60,6 +60,11 @@ class Chat:
         return [part.value for message in self.messages for part in message.parts if part.kind == kind]
 
     @property
+    def media(self) -> list[str]:
+        """All of its pictures and recordings."""
+        return [path for kind in _MEDIA for path in self.paths(kind)]
+
+    @property
     def answer(self) -> str:
         """What the assistant says in the last turn."""
         return "".join(part.value for part in self.messages[-1].parts)
@@ -161,6 +166,7 @@ class Encoded:
     audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
     transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known and fits there
     replay: bool = False  # plain text, in which every token is a label
+    where: str = ""  # where it stands in the user's files
 
 
 class ChatEncoder:
@@ -190,9 +196,10 @@ class ChatEncoder:
             raise UserError(f"the chat takes {len(encoded.tokens)} positions, expected at most {self.ctx_len}")
         return encoded
 
-    def example(self, messages: Sequence[Message], transcript: str = "") -> Encoded:
+    def example(self, messages: Sequence[Message], transcript: str = "", where: str = "") -> Encoded:
         """A whole chat for training, cut at the end where it is too long; ``transcript`` is of its only recording."""
         encoded = self._encode(messages)
+        encoded.where = where
         if transcript and len(encoded.audios) == 1:
             spoken = self.tokenizer.encode(turn_text(transcript))
             if needed_steps(spoken) <= encoded.audio_positions[0]:
@@ -361,6 +368,10 @@ class ChatSamples:
     def lengths(self) -> list[int]:
         """Positions of each sample, for batches of similar length."""
         return [len(chat.tokens) for chat in self.samples]
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a chat, or which replayed text it is."""
+        return self.samples[index].where
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Encoded:
         """An encoded chat or window of text."""

@@ -165,7 +165,7 @@ class Pictures:
     """
 
     def __init__(self, rows: Sequence[Row], size: int, rules: DataConfig = RULES) -> None:
-        self.rows, self.size, self.max_pixels = list(rows), size, rules.max_pixels
+        self.rows, self.size, self.max_pixels, self.left_out = list(rows), size, rules.max_pixels, 0
         kept = min(len(self.rows), _CACHE_BYTES // (3 * size * size))
         if kept < len(self.rows):
             log.info("%d of %d pictures are kept in memory, the others decoded when needed", kept, len(self.rows))
@@ -177,7 +177,7 @@ class Pictures:
             settle(problems, len(problems), len(rows), rules, manifest_of(rows[0]))
             good = [index for index, problem in enumerate(found) if not problem]
             self._pixels = self._pixels[[index for index in good if index < kept]]
-            self.rows = [self.rows[index] for index in good]
+            self.rows, self.left_out = [self.rows[index] for index in good], len(problems)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -270,6 +270,10 @@ class Captioned:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a picture."""
+        return self.pictures.rows[index].where
 
     def sample(self, index: int, rng: np.random.Generator | None) -> ImageSample:
         """A picture, moved and brightened a little in training, with ``num_negatives`` of its wrong captions."""

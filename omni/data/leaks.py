@@ -6,6 +6,7 @@ The same recording or picture, by its bytes, is an error unless ``data.allow_lea
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,21 +107,25 @@ def refuse_leaks(train: Part, held_out: Part, rules: DataConfig) -> None:
 
 
 def shared_media(train: Iterable[Medium], held_out: Iterable[Medium]) -> list[tuple[Medium, Medium]]:
-    """(held-out, training) pairs of the same bytes; each held-out file once, with the first such line of training.
-
-    Files are read only where one of the other part has the same size.
-    """
+    """(held-out, training) pairs of the same bytes; each held-out file once, with the first such line of training."""
     parts = [{medium.path: medium for medium in reversed(list(part))} for part in (train, held_out)]
-    sizes = {path: path.stat().st_size for path in {path: None for part in parts for path in part} if path.is_file()}
-    both = set.intersection(*({sizes[path] for path in part if path in sizes} for part in parts))
-    alike = [path for path, size in sizes.items() if size in both]
-    digests = dict(zip(alike, map_small(_digest, alike), strict=True))
-    trained = {digests[path]: medium for path, medium in parts[0].items() if path in digests}
+    paths = list(dict.fromkeys(path for part in parts for path in part if path.is_file()))
+    contents = dict(zip(paths, contents_of(paths), strict=True))
+    trained = {contents[path]: medium for path, medium in parts[0].items() if path in contents}
     return [
-        (medium, trained[digests[path]])
+        (medium, trained[contents[path]])
         for path, medium in reversed(parts[1].items())
-        if path in digests and digests[path] in trained
+        if path in contents and contents[path] in trained
     ]
+
+
+def contents_of(paths: Sequence[Path]) -> list[Path | bytes]:
+    """Something for each file that is equal where their bytes are; only files of equal sizes are read."""
+    sizes = {path: path.stat().st_size for path in paths}
+    times = Counter(sizes.values())
+    alike = [path for path, size in sizes.items() if times[size] > 1]
+    digests = dict(zip(alike, map_small(_digest, alike), strict=True))
+    return [digests.get(path, path) for path in paths]
 
 
 def _digest(path: Path) -> bytes:

@@ -7,8 +7,7 @@ the data's rules is an error or leaves the bad ones out; `omni data check` lists
 from __future__ import annotations
 
 import codecs
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -270,26 +269,23 @@ def path_problem(name: str, folder: Path, data_folder: Path, rules: DataConfig) 
     return ""
 
 
-def hash_files(*paths: str | Path) -> str:
-    """What tells two data sets apart: names, sizes and contents of manifests and text files (not of media)."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(p) for p in paths):
-        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-            digest.update(file.name.encode())
-            if file.is_file():
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+def split_rows(rows: list[Row], share: float, contents: Sequence[Hashable]) -> tuple[list[Row], list[Row]]:
+    """Every n-th content for validation, the others for training; at least one on either side.
 
-
-def split_rows(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Every n-th row for validation, the others for training; at least one on either side.
+    Args:
+        rows: of one manifest.
+        share: of the contents that go to validation.
+        contents: what each row shows or says; rows of one content, such as a picture's captions, stay together.
 
     Raises:
-        UserError: for fewer than two rows.
+        UserError: for fewer than two contents.
     """
-    if len(rows) < 2:
-        raise UserError(f"{rows[0].where}: found one row, expected at least two to split off a validation part")
+    distinct = list(dict.fromkeys(contents))
+    if len(distinct) < 2:
+        raise UserError(f"{rows[0].where}: found one file, expected at least two to split off a validation part")
     every = max(2, round(1 / share))
-    held_out = rows[every - 1 :: every] or rows[-1:]
-    kept = {id(row) for row in held_out}
-    return [row for row in rows if id(row) not in kept], held_out
+    held_out = set(distinct[every - 1 :: every] or distinct[-1:])
+    parts: tuple[list[Row], list[Row]] = [], []
+    for row, content in zip(rows, contents, strict=True):
+        parts[content in held_out].append(row)
+    return parts

@@ -24,12 +24,13 @@ _CACHE_BYTES = 2 * 2**30  # log-mel frames kept in memory, as fp16: about 37 hou
 
 @dataclass
 class SpeechBatch(Batch):
-    """Utterances padded to the longest: frames [B, F, M] and CTC symbols [B, S]."""
+    """Utterances padded to the longest: frames [B, F, M], CTC symbols [B, S], and the transcripts as written."""
 
     frames_BFM: torch.Tensor
     num_frames_B: torch.Tensor
     symbols_BS: torch.Tensor
     num_symbols_B: torch.Tensor
+    texts: list[str]
 
 
 class Recordings:
@@ -43,19 +44,24 @@ class Recordings:
         mel: how frames are computed.
         rules: the limits of the data.
         name: of the data, for messages; by default the first row's manifest.
+        decode: False: read headers alone, and decode what is asked for; for recordings that another stage has read.
     """
 
-    def __init__(self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES, name: str = "") -> None:
+    def __init__(
+        self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES, name: str = "", decode: bool = True
+    ) -> None:
         self.mel = mel
-        frames_or_problems = self._read_all(rows, rules)
-        problems = [found for found in frames_or_problems if isinstance(found, str)]
+        self._room = _CACHE_BYTES // (2 * mel.num_mels)  # frames that may still be kept
+        found = self._read_all(rows, rules, decode)
+        problems = [item for item in found if isinstance(item, str)]
         settle(problems, len(problems), len(rows), rules, name or (manifest_of(rows[0]) if rows else ""))
-        good = [(row, found) for row, found in zip(rows, frames_or_problems, strict=True) if not isinstance(found, str)]
-        self.rows = [row for row, _ in good]
-        self.num_frames = [found if isinstance(found, int) else len(found) for _, found in good]
-        self._kept = {index: found for index, (_, found) in enumerate(good) if not isinstance(found, int)}
+        good = [(row, item) for row, item in zip(rows, found, strict=True) if not isinstance(item, str)]
+        self.rows, self.left_out = [row for row, _ in good], len(problems)
+        self.num_frames = [item if isinstance(item, int) else len(item) for _, item in good]
+        self._kept = {index: item for index, (_, item) in enumerate(good) if not isinstance(item, int)}
+        self._room -= sum(map(len, self._kept.values()))
 
-    def _read_all(self, rows: Sequence[Row], rules: DataConfig) -> list[np.ndarray | int | str]:
+    def _read_all(self, rows: Sequence[Row], rules: DataConfig, decode: bool) -> list[np.ndarray | int | str]:
         """Frames [F, M] of every recording; their number alone once the memory is full; or what is wrong with it."""
 
         def read(row: Row, decode: bool) -> np.ndarray | int | str:
@@ -66,11 +72,12 @@ class Recordings:
                 return f"{row.where}: {error}"
 
         sizes = map_small(lambda row: read(row, decode=False), rows)
+        if not decode:
+            return sizes
         total = itertools.accumulate(size if isinstance(size, int) else 0 for size in sizes)
-        most = _CACHE_BYTES // (2 * self.mel.num_mels)
         plan = zip(rows, sizes, total, strict=True)
         return map_small(
-            lambda item: read(item[0], decode=True) if isinstance(item[1], int) and item[2] <= most else item[1], plan
+            lambda item: read(item[0], True) if isinstance(item[1], int) and item[2] <= self._room else item[1], plan
         )
 
     def _compute(self, row: Row) -> np.ndarray:
@@ -88,8 +95,13 @@ class Recordings:
 
     def frames(self, index: int) -> torch.Tensor:
         """Log-mel frames [F, M] of recording ``index``."""
-        kept = self._kept.get(index)
-        return torch.from_numpy(self._compute(self.rows[index]) if kept is None else kept).float()
+        found = self._kept.get(index)
+        if found is None:
+            found = self._compute(self.rows[index])
+            if len(found) <= self._room:
+                self._kept[index] = found
+                self._room -= len(found)
+        return torch.from_numpy(found).float()
 
     def all_frames(self) -> list[torch.Tensor]:
         """Log-mel frames [F, M] of every recording."""
@@ -155,26 +167,27 @@ class Transcribed:
         """Frames of each utterance, for batches of similar length."""
         return self.recordings.num_frames
 
-    def text(self, index: int) -> str:
-        """The transcript as written in the manifest."""
-        return str(self.recordings.rows[index].values["text"])
+    def where(self, index: int) -> str:
+        """``file:line`` of an utterance."""
+        return self.recordings.rows[index].where
 
-    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, list[int]]:
-        """Frames [F, M], masked by SpecAugment in training, and symbols."""
+    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, list[int], str]:
+        """Frames [F, M], masked by SpecAugment in training, symbols, and the transcript as written."""
         frames = self.recordings.frames(index)
         if rng is not None and self.augment:
             frames = spec_augment(frames, rng, num_masks=2, width=16)
-        return frames, self.symbols[index]
+        return frames, self.symbols[index], str(self.recordings.rows[index].values["text"])
 
     def collate(self, samples: list[Any]) -> SpeechBatch:
         """Pad frames to a multiple of 32, so that the CPU sees few shapes."""
-        frames_BFM, num_frames_B = pad_frames([frames for frames, _ in samples])
-        num_symbols_B = torch.tensor([len(symbols) for _, symbols in samples])
+        frames_BFM, num_frames_B = pad_frames([frames for frames, _, _ in samples])
+        num_symbols_B = torch.tensor([len(symbols) for _, symbols, _ in samples])
         symbols_BS = torch.full((len(samples), int(num_symbols_B.max())), Characters.pad)
-        for row, (_, symbols) in enumerate(samples):
+        for row, (_, symbols, _) in enumerate(samples):
             symbols_BS[row, : len(symbols)] = torch.tensor(symbols)
         counts = {"characters": int(num_symbols_B.sum()), "frames": int(num_frames_B.sum())}
-        return SpeechBatch(counts, frames_BFM, num_frames_B, symbols_BS, num_symbols_B)
+        texts = [text for _, _, text in samples]
+        return SpeechBatch(counts, frames_BFM, num_frames_B, symbols_BS, num_symbols_B, texts)
 
 
 def pad_frames(frames: Sequence[torch.Tensor], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,11 +3,16 @@
 The order of the data is a pure function of (seed, epoch, index) and so is every augmentation, so the whole state of a
 stream is two integers: the epoch and the number of batches *used* in it. Batches that workers prepared ahead but the
 loop did not use are simply prepared again, and the number of workers changes nothing.
+
+A sample that cannot be read ends the run with its place in the user's files, or is left out of its batch and counted,
+as ``on_bad_sample`` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -16,8 +21,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from omni.parallel import map_small
+from omni.config import DataConfig, UserError
+from omni.console import log
+from omni.parallel import die_with_parent, map_small
 
+_ALL_GOOD = DataConfig()  # a bad sample is an error
 BatchType = TypeVar("BatchType", bound="Batch")
 
 
@@ -44,15 +52,28 @@ class Samples(Protocol):
         """Number of samples."""
 
     def sample(self, index: int, rng: np.random.Generator | None) -> Any:
-        """Sample ``index``; ``rng`` drives its augmentation, None means none."""
+        """Sample ``index``; ``rng`` drives its augmentation, None means none. Raises UserError when it is unusable."""
+
+    def where(self, index: int) -> str:
+        """Where sample ``index`` stands in the user's files, as ``file:line``."""
 
     def collate(self, samples: list[Any]) -> Batch:
         """One batch from samples."""
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch as it leaves a worker: its rows, the batch (None when no sample is usable), and what is unusable."""
+
+    rows: list[int]
+    batch: Any
+    bad: dict[int, str]
+
+
 class BatchStream:
     """Endless batches of ``samples``, shuffled anew each epoch.
 
+    ``rules`` say what to do about a sample that cannot be used; ``left_out`` such have been left out already.
     With ``lengths``, batches are drawn from buckets of similar length, so that little of a batch is padding; with
     ``short_first`` as well, the first epoch goes from short to long (SortaGrad, Amodei et al., 2016), which helps CTC
     to find its first alignments.
@@ -66,6 +87,8 @@ class BatchStream:
         lengths: Sequence[int] | None = None,
         num_workers: int = 0,
         short_first: bool = False,
+        rules: DataConfig = _ALL_GOOD,
+        left_out: int = 0,
     ) -> None:
         assert len(samples) > 0, "a data set without samples must be refused where it is read"
         self.samples = samples
@@ -74,10 +97,12 @@ class BatchStream:
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.num_workers = num_workers
         self.short_first = short_first
+        self.rules, self.left_out = rules, left_out
         self.epoch = 0
         self.used = 0  # batches of this epoch
         self.rows: list[int] = []  # indices of the samples in the batch last returned
-        self._batches: Iterator[tuple[list[int], Batch]] | None = None
+        self.bad: set[int] = set()  # indices of the samples found unusable so far
+        self._batches: Iterator[_Prepared] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -88,21 +113,57 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
-        self.rows, batch = next(self._batches)
-        self.used += 1
-        if self.used == self.batches_per_epoch:
-            self.epoch, self.used = self.epoch + 1, 0
-        return batch
+        while True:
+            if self._batches is None:
+                self._batches = self._start()
+            prepared = next(self._batches)
+            self._judge(prepared.bad)
+            self.rows = prepared.rows
+            self.used += 1
+            if self.used == self.batches_per_epoch:
+                self.epoch, self.used = self.epoch + 1, 0
+            if prepared.batch is not None:
+                return prepared.batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: two integers."""
-        return {"epoch": self.epoch, "used": self.used}
+    def _judge(self, bad: dict[int, str]) -> None:
+        """Remember unusable samples, or refuse them.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Raises:
+            UserError: for the first, or when they are more than ``max_bad_fraction`` of all samples.
+        """
+        for index, why in bad.items():
+            if self.rules.on_bad_sample == "error":
+                raise UserError(f"{self.where(index)}: {why}; --on_bad_sample skip leaves such samples out")
+            if index not in self.bad:
+                log.warning("%s: left out: %s", self.where(index), why)
+                self.bad.add(index)
+        if len(self.bad) > self.rules.max_bad_fraction * len(self.samples):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.samples)} samples cannot be used, the last {self.where(max(self.bad))}; "
+                f"expected at most a share of {self.rules.max_bad_fraction:g} (max_bad_fraction)"
+            )
+
+    @property
+    def num_bad(self) -> int:
+        """Samples that could not be used: those left out before the stream began, and those found in it."""
+        return self.left_out + len(self.bad)
+
+    def where(self, index: int) -> str:
+        """Where a sample stands in the user's files."""
+        return self.samples.where(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, two integers, and the samples found unusable on the way there."""
+        return {"epoch": self.epoch, "used": self.used, "bad": sorted(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; nothing is read to get there."""
+        self.close()
         self.epoch, self.used = state["epoch"], state["used"] % self.batches_per_epoch
+        self.bad = set(state["bad"])
+
+    def close(self) -> None:
+        """End the processes that prepare batches, if there are any."""
         self._batches = None
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -132,7 +193,7 @@ class BatchStream:
                 yield [(epoch, index) for index in batch]
             epoch, used = epoch + 1, 0
 
-    def _start(self) -> Iterator[tuple[list[int], Batch]]:
+    def _start(self) -> Iterator[_Prepared]:
         if self.num_workers == 0:
             return (self._prepare(map_small(self.__getitem__, keys)) for keys in self._plan())
         loader: DataLoader[Any] = DataLoader(
@@ -141,15 +202,37 @@ class BatchStream:
             collate_fn=self._prepare,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it draws from the numbers that dropout is made of
+            # samples need not be picklable: a forked worker has them already
+            multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
         )
         return iter(loader)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
         epoch, index = key
-        return index, self.samples.sample(index, np.random.default_rng((self.seed, 1, epoch, index)))
+        return index, _sample(self.samples, index, np.random.default_rng((self.seed, 1, epoch, index)))
 
-    def _prepare(self, keyed: list[tuple[int, Any]]) -> tuple[list[int], Batch]:
-        return [index for index, _ in keyed], self.samples.collate([sample for _, sample in keyed])
+    def _prepare(self, keyed: list[tuple[int, Any]]) -> _Prepared:
+        bad = {index: str(sample) for index, sample in keyed if isinstance(sample, UserError)}
+        good = [sample for index, sample in keyed if index not in bad]
+        return _Prepared([index for index, _ in keyed], self.samples.collate(good) if good else None, bad)
+
+
+def _sample(samples: Samples, index: int, rng: np.random.Generator | None) -> Any:
+    """A sample, or the error that says why it is unusable: raised in a worker process it would lose its type."""
+    try:
+        return samples.sample(index, rng)
+    except UserError as error:
+        return error
+
+
+def _begin_worker(number: int) -> None:
+    """Ctrl-C and SIGTERM reach every process of a group; the training process alone decides what they mean."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # until then it finishes its step and saves
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    die_with_parent()
 
 
 class _Sampler:
@@ -163,18 +246,32 @@ class _Sampler:
 
 
 def ordered_batches(
-    samples: Samples, batch_size: int, limit: int | None = None, lengths: Sequence[int] | None = None
+    samples: Samples,
+    batch_size: int,
+    limit: int | None = None,
+    lengths: Sequence[int] | None = None,
+    rules: DataConfig = _ALL_GOOD,
 ) -> Iterator[Any]:
     """Each sample once, without augmentation, for evaluation; at most ``limit`` batches.
 
     With ``lengths`` they come sorted by length, which wastes less of a batch on padding.
+
+    Raises:
+        UserError: for an unusable sample, unless ``rules`` say that such are left out.
     """
     indices = list(range(len(samples)))
     if lengths is not None:
         indices.sort(key=lambda index: lengths[index])
     starts = range(0, len(indices), batch_size)
     for start in list(starts)[:limit]:
-        yield samples.collate(map_small(lambda index: samples.sample(index, None), indices[start : start + batch_size]))
+        rows = indices[start : start + batch_size]
+        found = map_small(lambda index: _sample(samples, index, None), rows)
+        bad = {index: item for index, item in zip(rows, found, strict=True) if isinstance(item, UserError)}
+        if bad and rules.on_bad_sample == "error":
+            raise UserError("\n".join(f"{samples.where(index)}: {why}" for index, why in bad.items()))
+        good = [item for index, item in zip(rows, found, strict=True) if index not in bad]
+        if good:
+            yield samples.collate(good)
 
 
 def pad_to(size: int, multiple: int) -> int:

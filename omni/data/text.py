@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni.atomic import whole_file, write_whole
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, problems_of, raise_problems, read_text_file, settle, too_long
 from omni.data.stream import Batch
@@ -133,11 +135,8 @@ def learn_tokenizer(text: str, vocab_size: int, cache: Path) -> Tokenizer:
     key = hashlib.sha256(f"{vocab_size}\n{text}".encode()).hexdigest()[:16]
     path = cache / f"tokenizer-{key}.model"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         lines = (piece for line in text.splitlines() for piece in pieces(line))
-        partial.write_bytes(Tokenizer.train(lines, vocab_size).model)
-        partial.replace(path)
+        write_whole(path, Tokenizer.train(lines, vocab_size).model)
     return Tokenizer(path.read_bytes())
 
 
@@ -147,14 +146,11 @@ def tokenize(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
     key = hashlib.sha256(tokenizer.model + text.encode()).hexdigest()[:16]
     path = cache / f"tokens-{key}.bin"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             # piece by piece: SentencePiece needs memory in proportion to its longest input
             for line in text.splitlines(keepends=True):
                 for piece in pieces(line):
                     file.write(np.asarray(tokenizer.encode(piece), dtype=kind).tobytes())
-        partial.replace(path)
     return np.memmap(path, dtype=kind, mode="r")
 
 
@@ -249,6 +245,12 @@ class PackedDocuments:
     def __len__(self) -> int:
         return len(self.windows)
 
+    def where(self, index: int) -> str:
+        """The documents of a window, each by how it begins."""
+        return "the documents " + ", ".join(
+            _quoted(self.tokens[slice(*self.spans[member])], self.tokenizer) for member in self.windows[index]
+        )
+
     def sample(self, index: int, rng: np.random.Generator | None) -> list[np.ndarray]:
         """The documents of window ``index``, in random order in training."""
         members = self.windows[index] if rng is None else rng.permutation(self.windows[index]).tolist()
@@ -287,6 +289,11 @@ class PackedText:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.ctx_len
 
+    def where(self, index: int) -> str:
+        """A window by its tokens and how it begins."""
+        start = index * self.ctx_len
+        return f"the text at token {start}, {_quoted(self.tokens[start:], self.tokenizer)}"
+
     def sample(self, index: int, rng: np.random.Generator | None) -> np.ndarray:
         """Tokens [ctx_len + 1] of window ``index``, shifted at random in training."""
         start = index * self.ctx_len + (0 if rng is None else int(rng.integers(0, self.ctx_len)))
@@ -298,6 +305,11 @@ class PackedText:
         windows = np.stack(samples)
         tokens_BT = windows[:, :-1]
         return _text_batch(tokens_BT, windows[:, 1:], np.zeros_like(tokens_BT), self.tokenizer)
+
+
+def _quoted(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The beginning of a text, for a message."""
+    return json.dumps(tokenizer.decode(tokens[:12].tolist()), ensure_ascii=False)
 
 
 def packed(

@@ -22,8 +22,8 @@ from omni.timing import FramePlan, TalkerText, plan_batch, plan_frames, unit_sym
 class Voices:
     """Recordings, who speaks in each, and what is said. Log-mel frames and samples are kept once read."""
 
-    def __init__(self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES) -> None:
-        self.recordings = Recordings(rows, mel, rules)
+    def __init__(self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES, decode: bool = True) -> None:
+        self.recordings = Recordings(rows, mel, rules, decode=decode)
         self.mel = mel
         self.speakers = [str(row.values.get("speaker") or "") for row in self.recordings.rows]
         self._samples: dict[int, np.ndarray] = {}
@@ -43,6 +43,10 @@ class Voices:
     def text(self, index: int) -> str:
         """What is said, as written in the manifest."""
         return str(self.recordings.rows[index].values["text"])
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a recording."""
+        return self.recordings.rows[index].where
 
     def frames(self, index: int) -> torch.Tensor:
         """Log-mel frames [F, M]."""
@@ -99,6 +103,10 @@ class Crops:
     def __len__(self) -> int:
         return len(self.voices)
 
+    def where(self, index: int) -> str:
+        """``file:line`` of a recording."""
+        return self.voices.where(index)
+
     def sample(self, index: int, rng: np.random.Generator | None) -> torch.Tensor:
         """Log-mel frames [F, M]."""
         return self.voices.crop(index, self.voices.start(index, self.num_frames, rng), self.num_frames)
@@ -129,6 +137,10 @@ class VoiceCrops:
 
     def __len__(self) -> int:
         return len(self.voices)
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a recording."""
+        return self.voices.where(index)
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, ...]:
         """Frames, samples, two speaker crops, the speaker."""
@@ -208,6 +220,10 @@ class Sentences:
     def lengths(self) -> list[int]:
         """Code frames of each sentence, for batches of similar length."""
         return [len(sentence.codes_TK) for sentence in self.sentences]
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a sentence's recording."""
+        return self.voices.where(self.sentences[index].index)
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[Aligned, torch.Tensor]:
         """The sentence and a speaker embedding."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from omni.audio import recording_seconds
-from omni.data.speech import Recordings, pad_frames, read_speech_manifest
+from omni.data.speech import Recordings, pad_frames
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.tokenizer import Characters, needed_steps, spoken_text
@@ -46,24 +44,18 @@ def transcribe(encoder: AudioEncoder, frames: Sequence[torch.Tensor], batch_size
     return texts
 
 
-def recognize_manifest(encoder: AudioEncoder, manifest: str | Path, limit: int | None = None) -> Recognition:
-    """Recognize every recording of a manifest (or the first ``limit``)."""
-    rows = read_speech_manifest(manifest)[:limit]
-    recordings = Recordings(rows, encoder.config.mel)
-    return Recognition(
-        [str(row.values["text"]) for row in recordings.rows], transcribe(encoder, recordings.all_frames())
-    )
+def recognize(encoder: AudioEncoder, recordings: Recordings) -> Recognition:
+    """Recognize every recording of a manifest."""
+    references = [str(row.values["text"]) for row in recordings.rows]
+    return Recognition(references, transcribe(encoder, recordings.all_frames()))
 
 
-def infeasible(encoder: AudioEncoder, manifest: str | Path) -> Figure:
+def infeasible(encoder: AudioEncoder, recordings: Recordings) -> Figure:
     """Share of utterances with more characters than CTC steps can hold."""
-    rows = read_speech_manifest(manifest)
-    rate = encoder.config.mel.frame_rate
-    num_frames = [int(recording_seconds(row.path("wav")) * rate) for row in rows]
-    symbols = [Characters().encode(spoken_text(str(row.values["text"]))) for row in rows]
+    symbols = [Characters().encode(spoken_text(str(row.values["text"]))) for row in recordings.rows]
     return ratio(
         [
             float(needed_steps(item) > encoder.num_steps(frames))
-            for item, frames in zip(symbols, num_frames, strict=True)
+            for item, frames in zip(symbols, recordings.num_frames, strict=True)
         ]
     )

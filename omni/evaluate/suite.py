@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni.config import RunConfig, UserError
+from omni.config import DataConfig, RunConfig, UserError, data_rules
 from omni.console import log
 from omni.stages import STAGES, StageInfo
 from omni.summary import read_summary
@@ -75,6 +75,10 @@ class _Case:
         """The data section of the configuration that a checkpoint was trained with."""
         return dict(read_summary(self.path(kind))["config"]["data"])
 
+    def rules(self, kind: str) -> DataConfig:
+        """The limits of the data that a checkpoint was trained on."""
+        return data_rules(self.data(kind), str(self.path(kind)))
+
     def test_set(self, kind: str, own: str | None, option: str) -> str:
         """The person's own set, or the one that the checkpoint's configuration names."""
         data = self.data(kind)
@@ -130,7 +134,7 @@ def _thinker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     thinker, tokenizer = load_thinker(inputs["thinker"])
     likelihood, text = _likelihood(thinker, tokenizer, case)
     # of a larger corpus the n-grams alone would take gigabytes
-    training = read_text(case.data("thinker")["train"])[:_NGRAM_CHARACTERS]
+    training = read_text(case.data("thinker")["train"], case.rules("thinker"))[:_NGRAM_CHARACTERS]
     yardstick = ratio(*KneserNey(training).bits_per_byte(text))
     return {
         "bits_per_byte": likelihood.bits_per_byte(),
@@ -150,7 +154,7 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
     from omni.data.text import packed, read_text
     from omni.evaluate.thinker import TextLikelihood
 
-    text = read_text(case.test_set("thinker", case.own.text, "--text"))
+    text = read_text(case.test_set("thinker", case.own.text, "--text"), case.rules("thinker"))
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
     likelihood = TextLikelihood(thinker, tokenizer)
     separate = case.data("thinker")["separate_documents"]
@@ -165,17 +169,21 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
 
 
 def _audio_enc(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
-    from omni.evaluate.audio_enc import infeasible, recognize_manifest
+    from omni.data.speech import Recordings, read_speech_manifest
+    from omni.evaluate.audio_enc import infeasible, recognize
     from omni.load import load_audio_encoder
 
     encoder = load_audio_encoder(inputs["audio_enc"])
     test = case.test_set("audio_enc", case.own.asr, "--asr")
-    found = recognize_manifest(encoder, test)
+    rules, mel = case.rules("audio_enc"), encoder.config.mel
+    recordings = Recordings(read_speech_manifest(test, rules), mel, rules)
+    found = recognize(encoder, recordings)
     figures = {"wer": found.wer(), "cer": found.cer()}
     voices = case.data("audio_enc")["test_voices"]
     if voices and not case.own.asr:
-        figures["wer_unseen_voices"] = recognize_manifest(encoder, voices).wer()
-    return {**figures, "infeasible": infeasible(encoder, test)}
+        strangers = Recordings(read_speech_manifest(voices, rules), mel, rules)
+        figures["wer_unseen_voices"] = recognize(encoder, strangers).wer()
+    return {**figures, "infeasible": infeasible(encoder, recordings)}
 
 
 def _vision(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def _vision(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     encoder, tokenizer = load_vision_and_tokenizer(inputs["vision"])
     test = case.test_set("vision", case.own.images, "--images")
     combinations = None if case.own.images else case.data("vision")["test_combinations"]
-    return vision_figures(encoder, tokenizer, test, combinations)
+    return vision_figures(encoder, tokenizer, test, combinations, case.rules("vision"))
 
 
 def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -193,7 +201,8 @@ def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.load import load_audio_encoder, load_speech
 
     test = case.test_set("talker", case.own.tts, "--tts")
-    return codec_figures(load_speech(inputs["talker"]), load_audio_encoder(inputs["audio_enc"]), test, case.limit)
+    model, encoder = load_speech(inputs["talker"]), load_audio_encoder(inputs["audio_enc"])
+    return codec_figures(model, encoder, test, case.limit, case.rules("talker"))
 
 
 def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -204,7 +213,8 @@ def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     test = case.test_set("talker", case.own.tts, "--tts")
     words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
     mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
-    return talker_figures(model, load_audio_encoder(inputs["audio_enc"]), test, words, voices, mind, case.limit)
+    encoder = load_audio_encoder(inputs["audio_enc"])
+    return talker_figures(model, encoder, test, words, voices, mind, case.limit, case.rules("talker"))
 
 
 def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -214,7 +224,7 @@ def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.load import load_omni
 
     model, tokenizer = load_omni(inputs["omni"])
-    chats = read_chats(case.test_set("omni", case.own.sft, "--sft"))
+    chats = read_chats(case.test_set("omni", case.own.sft, "--sft"), case.rules("omni"))
     figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, FeatureStore(model)), chats).figures)
     if case.path("thinker").exists():
         figures["bits_per_byte"] = _likelihood(model.thinker, tokenizer, case)[0].bits_per_byte()

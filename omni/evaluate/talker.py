@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from omni.alignment import encode_recordings
 from omni.audio import log_mel, standard_level
+from omni.config import DataConfig
+from omni.data.manifest import RULES
 from omni.data.speech import read_speech_manifest
 from omni.data.voices import CropBatch, SentenceBatch, VoiceBatch, Voices
 from omni.evaluate.audio_enc import transcribe
@@ -79,10 +81,14 @@ def hear(encoder: AudioEncoder, waves: Sequence[torch.Tensor]) -> list[str]:
 
 
 def codec_figures(
-    model: SpeechModel, encoder: AudioEncoder, manifest: str | Path, limit: int | None = None
+    model: SpeechModel,
+    encoder: AudioEncoder,
+    manifest: str | Path,
+    limit: int | None = None,
+    rules: DataConfig = RULES,
 ) -> dict[str, Figure | ListFigure]:
     """Reconstruction, use of the codebooks, and how well resynthesized recordings are understood."""
-    voices = Voices(read_speech_manifest(manifest)[:limit], model.config.mel)
+    voices = Voices(read_speech_manifest(manifest, rules)[:limit], model.config.mel, rules)
     texts = [voices.text(index) for index in range(len(voices))]
     made = resynthesize(model, voices)
     waves = [_wave(model, frames) for frames in made.frames]
@@ -127,6 +133,7 @@ def talker_figures(
     test_voices: str | Path | None = None,
     mind: Mind | None = None,
     limit: int | None = None,
+    rules: DataConfig = RULES,
 ) -> dict[str, Figure | ListFigure]:
     """Intelligibility, likeness to the speaker, length and speed of the Talker's speech.
 
@@ -138,8 +145,9 @@ def talker_figures(
         test_voices: sentences of voices never heard in training.
         mind: Thinker and tokenizer, when the Talker shall get states.
         limit: sentences of each manifest.
+        rules: the limits of their data.
     """
-    voices = Voices(read_speech_manifest(test)[:limit], model.config.mel)
+    voices = Voices(read_speech_manifest(test, rules)[:limit], model.config.mel, rules)
     texts = [voices.text(index) for index in range(len(voices))]
     spoken = speak_again(model, voices, mind)
     heard = hear(encoder, [item.wave for item in spoken])
@@ -150,7 +158,7 @@ def talker_figures(
     }
     for name, manifest in (("cer_unseen_words", test_words), ("cer_unseen_voices", test_voices)):
         if manifest is not None:
-            others = Voices(read_speech_manifest(manifest)[:limit], model.config.mel)
+            others = Voices(read_speech_manifest(manifest, rules)[:limit], model.config.mel, rules)
             waves = [item.wave for item in speak_again(model, others, mind)]
             figures[name] = character_error_rate(
                 [others.text(index) for index in range(len(others))], hear(encoder, waves)

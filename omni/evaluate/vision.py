@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from omni.config import DataConfig
 from omni.data.images import Pictures, encode_caption, read_image_manifest, stack_captions
-from omni.data.manifest import Row
+from omni.data.manifest import RULES, Row
 from omni.metrics import Figure, ratio
 from omni.models.vision_encoder import VisionEncoder
 from omni.tokenizer import Tokenizer
@@ -124,19 +125,23 @@ def match_rows(model: VisionEncoder, tokenizer: Tokenizer, rows: Sequence[Row], 
 
 
 def match_manifest(
-    model: VisionEncoder, tokenizer: Tokenizer, manifest: str | Path, limit: int | None = None
+    model: VisionEncoder, tokenizer: Tokenizer, manifest: str | Path, rules: DataConfig = RULES
 ) -> Matching:
-    """Embed every entry of a manifest (or the first ``limit``)."""
-    rows = read_image_manifest(manifest)[:limit]
-    return match_rows(model.eval(), tokenizer, rows, Pictures(rows, model.config.image_size))
+    """Embed every entry of a manifest."""
+    pictures = Pictures(read_image_manifest(manifest, rules), model.config.image_size, rules)
+    return match_rows(model.eval(), tokenizer, pictures.rows, pictures)
 
 
 def vision_figures(
-    model: VisionEncoder, tokenizer: Tokenizer, test: str | Path, combinations: str | Path | None = None
+    model: VisionEncoder,
+    tokenizer: Tokenizer,
+    test: str | Path,
+    combinations: str | Path | None = None,
+    rules: DataConfig = RULES,
 ) -> dict[str, Figure]:
     """The figures of ``omni eval``: of the test manifest, and of unseen combinations where there is such a file."""
-    figures = match_manifest(model, tokenizer, test).figures()
+    figures = match_manifest(model, tokenizer, test, rules).figures()
     if combinations is not None:
-        unseen = match_manifest(model, tokenizer, combinations).figures()
+        unseen = match_manifest(model, tokenizer, combinations, rules).figures()
         figures |= {f"{name}_unseen_combinations": figure for name, figure in unseen.items()}
     return figures

@@ -16,6 +16,7 @@ from torch import nn
 
 from omni.audio import MelConfig
 from omni.config import Problem
+from omni.models.ctc import ctc_sum
 from omni.models.layers import (
     Block,
     RMSNorm,
@@ -147,15 +148,9 @@ class AudioEncoder(nn.Module):
 
 
 def ctc_loss_sum(output: AudioOutput, symbols_BS: torch.Tensor, num_symbols_B: torch.Tensor) -> torch.Tensor:
-    """CTC loss (Graves et al., 2006) summed over utterances; infeasible ones must have been left out at load time."""
-    return F.ctc_loss(
-        output.log_probs_BSV.transpose(0, 1),
-        symbols_BS,
-        output.num_steps_B,
-        num_symbols_B,
-        blank=Characters.blank,
-        reduction="sum",
-    )
+    """CTC loss summed over utterances; infeasible ones must have been left out at load time."""
+    assert Characters.blank == 0
+    return ctc_sum(output.log_probs_BSV, symbols_BS, output.num_steps_B, num_symbols_B)
 
 
 _MOST_SYMBOLS = 16  # considered at a step of the search

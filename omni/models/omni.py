@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
+from omni.models.ctc import ctc_sum
 from omni.models.projector import ProjectorConfig, TranscriptHead, build_projector, stack_patches, stack_states
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -80,13 +80,7 @@ class OmniModel(nn.Module):
         if not bool(known_N.any()):
             return heard_NSD.new_zeros(())
         log_probs_NSV = self.transcript_head(heard_NSD[known_N], self.thinker.embed_tokens.weight)
-        return F.ctc_loss(
-            log_probs_NSV.transpose(0, 1),
-            tokens_NS[known_N] + 1,
-            positions_N[known_N],
-            num_tokens_N[known_N],
-            reduction="sum",
-        )
+        return ctc_sum(log_probs_NSV, tokens_NS[known_N] + 1, positions_N[known_N], num_tokens_N[known_N])
 
     def embed(
         self,

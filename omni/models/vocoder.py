@@ -103,7 +103,11 @@ def _window(size: int, device: torch.device) -> torch.Tensor:
 
 def _magnitudes(wave_BS: torch.Tensor, size: int) -> torch.Tensor:
     window = _window(size, wave_BS.device)
-    spectrum = torch.stft(wave_BS, size, size // 4, window=window, return_complex=True)
+    # reflected here: CUDA's gradient of torch's own reflection adds up in any order
+    half = size // 2
+    before, after = wave_BS[:, 1 : half + 1].flip(1), wave_BS[:, -half - 1 : -1].flip(1)
+    padded_BS = torch.cat([before, wave_BS, after], dim=1)
+    spectrum = torch.stft(padded_BS, size, size // 4, window=window, center=False, return_complex=True)
     return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()
 
 
