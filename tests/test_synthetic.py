@@ -391,6 +391,15 @@ def test_scenes_hold_distinct_things_in_distinct_cells(plan: Plan) -> None:
     assert not any(picture.caption.fits(other.scene) for picture, other in combinations(tests, 2))
 
 
+def test_no_recording_is_made_twice(plan: Plan, world: Path) -> None:
+    """A question that training asks of another picture, in the same voice, must sound otherwise in a test."""
+    jobs = [(job.text, job.voice, job.rate_scale, job.seed) for job in plan.recorder.jobs]
+    again = len(jobs) - len({(text, voice) for text, voice, *_ in jobs})
+    assert again > 20 and len(set(jobs)) == len(jobs)
+    contents = [path.read_bytes() for path in (world / "audio" / "wavs").iterdir()]
+    assert len(set(contents)) == len(contents)
+
+
 def test_splits_depend_on_the_seed_alone(plan: Plan, tmp_path: Path) -> None:
     assert World(0).pairs == World(0, 150).pairs and World(0).heldout_words == plan.world.heldout_words
     assert World(1).pairs != World(0).pairs
@@ -422,13 +431,15 @@ def test_size_and_package_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @needs_espeak
 def test_a_recording_depends_on_nothing_before_it(tmp_path: Path) -> None:
     """The same words sound the same whether spoken first, last, or by another worker."""
-    recorder = Recorder(tmp_path, 0)
+    jobs = []
     for group, texts in (("a", ("hello there.", "c a t.")), ("b", ("c a t.", "hello there."))):
+        recorder = Recorder(tmp_path, 0)
         for text in texts:
             recorder.record(group, text, "us-f2-mid")
+        jobs += recorder.jobs
     (tmp_path / "wavs").mkdir()
     for processes in (1, 2):
-        with espeak.speak_all(recorder.jobs, processes) as speaking:
+        with espeak.speak_all(jobs, processes) as speaking:
             assert len(speaking.wait()) == 4
         sounds = {path.name: path.read_bytes() for path in (tmp_path / "wavs").iterdir()}
         assert sounds["a_00000.wav"] == sounds["b_00001.wav"] != sounds["b_00000.wav"]

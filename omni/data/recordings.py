@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -29,14 +30,22 @@ class Recorder:
     seed: int
     jobs: list[Job] = field(default_factory=list)
     _counts: dict[str, int] = field(default_factory=dict)
+    _said: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def record(self, group: str, text: str, voice: str, vary: bool = True) -> Recording:
-        """Plan a recording `wavs/<group>_<number>.wav`; `vary`: up to 8 % slower or faster."""
+        """Plan a recording `wavs/<group>_<number>.wav`; `vary`: up to 8 % slower or faster.
+
+        Nobody says the same twice alike: of a text that a voice has said before, in training perhaps, the recording
+        is another one.
+        """
         number = self._counts.get(group, 0)
         self._counts[group] = number + 1
         wav = f"wavs/{group}_{number:05d}.wav"
-        scale = 1 + 0.16 * (key(self.seed, "rate", voice, text) - 0.5) if vary else 1.0
-        noise_seed = int(key(self.seed, "noise", voice, text) * 2**31)
+        before = self._said[voice, text]
+        self._said[voice, text] += 1
+        again = (before,) if before else ()
+        scale = 1 + 0.16 * (key(self.seed, "rate", voice, text, *again) - 0.5) if vary or before else 1.0
+        noise_seed = int(key(self.seed, "noise", voice, text, *again) * 2**31)
         self.jobs.append(Job(text, voice, str((self.folder / wav).absolute()), scale, noise_seed))
         return Recording(wav, text, voice)
 
