@@ -44,6 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quiet", action="store_true", help="print no table")
     evaluate.set_defaults(function=_evaluate)
 
+    speak = commands.add_parser("speak", help="speak a text into a WAV file")
+    speak.add_argument("text", metavar="TEXT", help="what to say")
+    speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
+    speak.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
+    speak.add_argument("--reference", type=Path, metavar="FILE", help="a recording whose voice to take instead")
+    speak.add_argument("--size", default="nano", help="whose talker.pt: that of configs/talker_<size>.json (nano)")
+    speak.add_argument("--checkpoint", type=Path, metavar="FILE", help="a talker.pt or omni.pt instead")
+    speak.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable code (default)")
+    speak.add_argument("--top-k", type=int, default=0, help="draw from the k most probable codes; 0: from all")
+    speak.add_argument("--top-p", type=float, default=1.0, help="draw from the most probable codes with this share")
+    speak.add_argument("--speed", type=float, default=1.0, help="2.0 halves every duration")
+    speak.add_argument("--seed", type=int, default=0)
+    speak.set_defaults(function=_speak)
+
     data = commands.add_parser("data", help="write the micro-world; check manifests")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
@@ -76,6 +90,28 @@ def _evaluate(words: argparse.Namespace) -> int:
     for line in results.missing:
         print(line, file=sys.stderr)
     return 1 if results.missing else 0
+
+
+def _speak(words: argparse.Namespace) -> int:
+    from omni.config import UserError
+    from omni.generate_speech import Sampling
+    from omni.say import Request, say_to_file
+    from omni.stages import STAGES
+
+    for name, fits, expected in (
+        ("temperature", words.temperature >= 0, "0 or more"),
+        ("top_k", words.top_k >= 0, "0 or more"),
+        ("top_p", 0 < words.top_p <= 1, "a share above 0, at most 1"),
+        ("speed", 0.25 <= words.speed <= 4, "0.25 to 4"),
+    ):
+        if not fits:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: found {getattr(words, name):g}, expected {expected}", exit_code=2)
+    talker = next(stage for stage in STAGES if stage.kind == "talker")
+    sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed, words.speed)
+    request = Request(words.text, words.voice, words.reference, sampling)
+    print(say_to_file(words.checkpoint or talker.checkpoint(words.size), request, words.out))
+    return 0
 
 
 def _synth(words: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ LAYERS = {
     6: ("data.parts", "data.check", "load", "features", "alignment"),
     7: ("generate",),
     8: ("evaluate",),
-    9: ("examples", "report", "talker_stage"),
+    9: ("examples", "report", "say", "talker_stage"),
     10: ("run",),
     11: ("cli",),
 }  # fmt: skip
