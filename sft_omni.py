@@ -106,7 +106,7 @@ class ChatPhases:
         self, model: OmniModel, tokenizer: Tokenizer, parts: ChatParts, config: OmniSFTConfig, precision: Precision
     ) -> None:
         self.model, self.tokenizer, self.config, self.precision = model, tokenizer, config, precision
-        self.features = FeatureStore(model, config.save_dir / "cache")
+        self.features = FeatureStore(model, config.save_dir / "cache", config.data)
         ctx_len = config.ctx_len or model.thinker.config.ctx_len
         self.encoder = ChatEncoder(tokenizer, model.image_positions, self.features.audio_positions, ctx_len)
         self.collate = functools.partial(
@@ -116,7 +116,8 @@ class ChatPhases:
             pad_id=tokenizer.pad_id,
         )
         self._chats = {"training": parts.training, "validation": parts.validation}
-        self._num_read = len(parts.training) + parts.left_out
+        self._num_read = {part: len(found) for part, found in self._chats.items()}
+        self._left_out = parts.left_out
 
     def chats(self, part: str) -> list[Chat]:
         """The chats of a part, the features of their media computed; those with unusable media as the rules say."""
@@ -132,8 +133,9 @@ class ChatPhases:
                     f"{chat.where}: {error.problems[path]}"
                     for chat in bad.values() for path in chat.media if path in error.problems
                 ]  # fmt: skip
-                settle(lines, len(bad), len(found), self.config.data, part)
                 self._chats[part] = [chat for chat in found if id(chat) not in bad]
+                num_read = self._num_read[part]
+                settle(lines, num_read - len(self._chats[part]), num_read, self.config.data, part)
 
     def training(self, thinker: bool) -> ChatSamples:
         """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained."""
@@ -165,7 +167,7 @@ class ChatPhases:
     def stage(self, trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
         """A phase that trains ``trains`` on the chats."""
         samples, run = self.training(self.model.thinker in trains), self.config.run
-        left_out = self._num_read - len(self._chats["training"])
+        left_out = self._left_out + self._num_read["training"] - len(self._chats["training"])
         stream = BatchStream(
             samples, settings.batch_size, run.seed, samples.lengths, run.num_workers, left_out=left_out
         )
@@ -213,6 +215,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         phases=phases,
         model_config=to_dict(model.config),
         assets={"tokenizer.model": tokenizer.model},
+        data_may_change=config.data.on_bad_sample == "skip",
         lineage={**lineage, "data": parts.fingerprint},
     )
 

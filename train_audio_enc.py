@@ -91,6 +91,7 @@ def build(config: AudioConfig, precision: Precision) -> Run:
         model=encoder,
         phases=[("train", train)],
         model_config=to_dict(config.model),
+        data_may_change=config.data.on_bad_sample == "skip",
         lineage={"data": parts.fingerprint},
     )
 

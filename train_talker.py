@@ -123,7 +123,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
 
     def evaluation(function: Callable[..., dict[str, float]], samples: Crops | VoiceCrops | Sentences) -> Callable:
         def evaluate(model: SpeechModel) -> dict[str, float]:
-            batches = ordered_batches(samples, 16, run.val_batches)
+            batches = ordered_batches(samples, 16, run.val_batches, rules=config.data)
             return function(model, (batch.to(precision.device) for batch in batches))
 
         return evaluate
@@ -161,6 +161,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         model=model,
         phases=[("codec", codec), ("vocoder", vocoder), ("talker", talker)],
         model_config=to_dict(model_config),
+        data_may_change=config.data.on_bad_sample == "skip",
         lineage={
             "data": parts.fingerprint,
             "audio_enc": fingerprint(Path(config.audio_ckpt)),

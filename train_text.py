@@ -87,6 +87,7 @@ def build(config: TextConfig, precision: Precision) -> Run:
         phases=[("train", train)],
         model_config=to_dict(model_config),
         assets={"tokenizer.model": tokenizer.model},
+        data_may_change=config.data.on_bad_sample == "skip",
         lineage={
             "tokenizer": tokenizer.hash,
             "data": {part: data_fingerprint(path) for part, path in sources.items()},

@@ -85,7 +85,7 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
         def evaluate(model: VisionEncoder) -> dict[str, float]:
             sums, counts = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0)
             right = 0
-            for batch in ordered_batches(validation, config.train.batch_size):
+            for batch in ordered_batches(validation, config.train.batch_size, rules=config.data):
                 batch = batch.to(precision.device)
                 for term, value in loss(model, batch).items():
                     sums[term] += float(value)
@@ -115,6 +115,7 @@ def build(config: VisionStageConfig, precision: Precision) -> Run:
         phases=[("train", train)],
         model_config=to_dict(model_config),
         assets={"tokenizer.model": tokenizer.model},
+        data_may_change=config.data.on_bad_sample == "skip",
         lineage={
             "tokenizer": tokenizer.hash,
             "data": parts.fingerprint,

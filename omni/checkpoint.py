@@ -29,8 +29,9 @@ from omni.atomic import whole_file
 from omni.config import UserError
 from omni.console import log
 from omni.lineage import differences
-from omni.summary import FORMAT, MEMBER, DamagedCheckpointError, is_summary, read_summary
+from omni.summary import FORMAT, MEMBER, DamagedCheckpointError, is_summary, read_summary, unreadable
 from omni.summary import fingerprint as fingerprint
+from omni.training_types import Run
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Any], summary: dict[str, Any]) -> None:
@@ -88,7 +89,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
     except DamagedCheckpointError:
         raise
     except Exception as error:  # the unpickler and zip reader raise nearly anything on a damaged file
-        raise DamagedCheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        raise unreadable(path, "damaged", error) from None
 
 
 def load_input(path: str | Path, kind: str, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -176,19 +177,25 @@ def resume_candidates(save_dir: Path, name: str) -> Iterator[tuple[Path, dict[st
         return
 
 
-def refuse_another_run(path: Path, summary: dict[str, Any], model_config: Any, lineage: Any) -> None:
-    """A resume with another model, data or inputs would be a new run under an old name.
+def refuse_another_run(path: Path, summary: dict[str, Any], run: Run, seed: int) -> None:
+    """A resume with another model, data, inputs or seed would be a new run under an old name.
 
     Raises:
         UserError: naming every difference between the checkpoint's and the present ones.
     """
-    old = {"model": summary["model_config"], "lineage": summary["lineage"]}
-    lines = list(differences(old, {"model": model_config, "lineage": lineage}))
+    theirs, ours = dict(summary["lineage"]), dict(run.lineage)
+    if run.data_may_change:
+        changed = list(differences(theirs.pop("data", None), ours.pop("data", None), "data"))
+        if changed:
+            log.warning("%s: the data have changed, and their order with them: %s", path, "; ".join(changed))
+    old = {"model": summary["model_config"], "lineage": theirs, "seed": summary["config"]["run"]["seed"]}
+    lines = list(differences(old, {"model": run.model_config, "lineage": ours, "seed": seed}))
     if lines:
         raise UserError(
             f"{path}: belongs to another run; differences (there -> now):\n  "
             + "\n  ".join(lines)
-            + "\nUse --fresh to set the old run aside and start over, or another --save_dir."
+            + "\nUse --fresh to set the old run aside and start over, or another --save_dir. "
+            "Where files have turned bad, --on_bad_sample skip goes on without them."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 
 from omni.audio import load_audio, log_mel
 from omni.cache import cache_key, through_cache
-from omni.config import UserError
+from omni.config import DataConfig, UserError
 from omni.data.images import load_image
+from omni.data.manifest import RULES
 from omni.data.speech import pad_frames
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.omni import OmniModel
@@ -34,8 +36,8 @@ class FeatureStore:
     For another encoder, a changed recording or another precision all is encoded anew (:func:`omni.cache.cache_key`).
     """
 
-    def __init__(self, model: OmniModel, cache: Path | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: OmniModel, cache: Path | None = None, rules: DataConfig = RULES) -> None:
+        self.model, self.cache, self.rules = model, cache, rules
         self._images: dict[str, torch.Tensor] = {}
         self._audios: dict[str, torch.Tensor] = {}
 
@@ -46,7 +48,8 @@ class FeatureStore:
             UnusableMediaError: when some of it cannot be read.
         """
         seeing, hearing = self.model.vision_encoder, self.model.audio_encoder
-        self._images |= self._encoded("images", encode_images, seeing, _new(images, self._images))
+        see = functools.partial(encode_images, max_pixels=self.rules.max_pixels)
+        self._images |= self._encoded("images", see, seeing, _new(images, self._images))
         self._audios |= self._encoded("audio", encode_recordings, hearing, _new(audios, self._audios))
 
     def image(self, path: str) -> torch.Tensor:
@@ -79,8 +82,8 @@ def _new(paths: Iterable[str], known: dict[str, torch.Tensor]) -> list[str]:
     return sorted({path for path in paths if path not in known})
 
 
-def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> list[torch.Tensor]:
-    """Read files; if some are unusable, say what is wrong with each of them."""
+def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """Read files; what was read, and what is wrong with the others."""
 
     def attempt(path: str) -> torch.Tensor | UserError:
         try:
@@ -90,18 +93,23 @@ def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> list[tor
 
     found = map_small(attempt, paths)
     problems = {path: str(item) for path, item in zip(paths, found, strict=True) if isinstance(item, UserError)}
-    if problems:
-        raise UnusableMediaError(problems)
-    return [item for item in found if isinstance(item, torch.Tensor)]
+    return [item for item in found if isinstance(item, torch.Tensor)], problems
 
 
 @torch.no_grad()
-def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int = 128) -> list[torch.Tensor]:
+def encode_images(
+    encoder: VisionEncoder, paths: Sequence[str], batch_size: int = 128, max_pixels: int = RULES.max_pixels
+) -> list[torch.Tensor]:
     """Patch tokens [P, D] of each picture, on the CPU."""
-    device, found = next(encoder.parameters()).device, []
+    device, found, problems = next(encoder.parameters()).device, list[torch.Tensor](), dict[str, str]()
+    read = functools.partial(load_image, size=encoder.config.image_size, max_pixels=max_pixels)
     for start in range(0, len(paths), batch_size):
-        pixels = _load(lambda path: load_image(path, encoder.config.image_size), paths[start : start + batch_size])
-        found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
+        pixels, bad = _load(read, paths[start : start + batch_size])
+        problems |= bad
+        if not problems:  # else it is enough to know what else is wrong
+            found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
+    if problems:
+        raise UnusableMediaError(problems)
     return found
 
 
@@ -109,7 +117,9 @@ def encode_images(encoder: VisionEncoder, paths: Sequence[str], batch_size: int 
 def encode_recordings(encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32) -> list[torch.Tensor]:
     """States [T, D] of each recording, on the CPU; batches hold recordings of similar length."""
     device, front = next(encoder.parameters()).device, log_mel(encoder.config.mel)
-    frames = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
+    frames, problems = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
+    if problems:
+        raise UnusableMediaError(problems)
     order = sorted(range(len(paths)), key=lambda index: len(frames[index]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(paths)
     for start in range(0, len(order), batch_size):

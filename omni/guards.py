@@ -8,8 +8,15 @@ from torch import nn
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
-    """Scale the gradients down to a total norm of at most ``max_grad_norm``; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), max_grad_norm))
+    """Scale the gradients down to a total norm of at most ``max_grad_norm``; returns the norm before.
+
+    Where it is not finite they stay as they are, so that the one that is not can be found.
+    """
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in given if parameter.grad is not None])
+    if bool(norm.isfinite()):
+        nn.utils.clip_grads_with_norm_(given, max_grad_norm, norm)
+    return float(norm)
 
 
 def check_gradient_explosion(norm: float, max_grad_explosion: float) -> str | None:

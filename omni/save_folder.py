@@ -26,6 +26,7 @@ class SaveFolder:
 
     def __init__(self, path: Path, run: Run, fresh: bool, keep_last: int) -> None:
         self.path, self.run, self.keep_last = path, run, keep_last
+        self._code = code_version()  # of what runs, whatever is on the disk later on
         path.mkdir(parents=True, exist_ok=True)
         remove_partial_files(path)
         remove_partial_files(path / "cache")
@@ -38,7 +39,7 @@ class SaveFolder:
         """The checkpoint of a finished run."""
         return self.path / f"{self.run.kind}.pt"
 
-    def resume(self) -> dict[str, Any] | None:
+    def resume(self, seed: int) -> dict[str, Any] | None:
         """Load the newest whole checkpoint's weights into the model and return its training state; None: a new run.
 
         Raises:
@@ -50,12 +51,12 @@ class SaveFolder:
                 log.warning("passing over %s", problem)
                 damaged.append(path)
                 continue
-            checkpoint.refuse_another_run(path, summary, self.run.model_config, self.run.lineage)
+            checkpoint.refuse_another_run(path, summary, self.run, seed)
             checkpoint.load_weights(self.run.model, tensors["weights"], str(path))
             self.last_good = path
             for other in damaged:  # so that it is not counted among those that are kept
                 other.rename(other.with_name(f"{other.name}.damaged"))
-            old, new = summary["code"], code_version()
+            old, new = summary["code"], self._code
             if old["source"] != new["source"]:
                 log.warning("%s was written by other code (%s, now %s)", path, _name(old), _name(new))
             return dict(tensors["training"])
@@ -86,7 +87,7 @@ class SaveFolder:
         tensors["assets"] = {name: checkpoint.as_tensor(data) for name, data in self.run.assets.items()}
         facts = {"kind": self.run.kind, "model_config": self.run.model_config, "lineage": self.run.lineage}
         try:
-            checkpoint.save_checkpoint(self.path / name, tensors, {**summary, **facts, "code": code_version()})
+            checkpoint.save_checkpoint(self.path / name, tensors, {**summary, **facts, "code": self._code})
         except UserError as error:
             raise UserError(f"{error}. {self.standing()}") from None
         if "training" in tensors:

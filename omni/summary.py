@@ -6,6 +6,7 @@ over all other members. ``omni run`` and everything that only looks at checkpoin
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -19,6 +20,18 @@ MEMBER = "omni.json"
 
 class DamagedCheckpointError(UserError):
     """A file that is not a whole checkpoint of this project."""
+
+
+_NOT_ITS_FAULT = (errno.EIO, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def unreadable(path: str | Path, what: str, error: Exception) -> UserError:
+    """The error of a file that cannot be read: damage, unless the disk, the rights or the memory are to blame."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in text)
+    if memory or (isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT):
+        return UserError(f"{path}: cannot be read now ({text}), which need not be the file's fault; try again")
+    return DamagedCheckpointError(f"{path}: {what} ({text})")
 
 
 def is_summary(member: str) -> bool:
@@ -41,7 +54,7 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     except StopIteration:
         raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint (it has no {MEMBER})") from None
     except Exception as error:  # the zip reader and its decompressors raise nearly anything on a damaged file
-        raise DamagedCheckpointError(f"{path}: not a whole μOmni checkpoint ({error})") from None
+        raise unreadable(path, "not a whole μOmni checkpoint", error) from None
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint of format {FORMAT}")
     return summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -35,7 +36,7 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and hand it to the operating system."""
         with self._disk_errors():
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(json.dumps(_without_nan(record), allow_nan=False).encode() + b"\n")
             self._file.flush()
 
     def position(self) -> int:
@@ -57,6 +58,13 @@ class MetricsLog:
         """Close the file; what a full disk had refused was reported when it was written."""
         with suppress(OSError):
             self._file.close()
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows neither NaN nor Inf: null stands for them."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 class TensorBoard:

@@ -113,6 +113,7 @@ class Run:
         model_config: what is needed to build the model again from the checkpoint alone.
         assets: files by name, such as ``tokenizer.model``; they stand in ``save_dir`` and in every checkpoint.
         lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
+        data_may_change: other data are a warning: files that turn bad are to be left out.
     """
 
     kind: str
@@ -121,3 +122,4 @@ class Run:
     model_config: dict[str, Any]
     assets: dict[str, bytes] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    data_may_change: bool = False

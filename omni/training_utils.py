@@ -13,6 +13,7 @@ same as one large batch, also when they have unequal numbers of targets.
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
@@ -61,14 +62,13 @@ class Loop:
         self.folder = SaveFolder(config.save_dir, run, fresh, config.run.keep_last)
         self._signal: int | None = None
         self._watch = AnomalyWatch(run.model) if config.run.detect_anomaly else None
-        self._training = self.folder.resume()  # optimizer and stream state, until its phase begins
+        self._training = self.folder.resume(config.run.seed)  # optimizer and stream state, until its phase begins
         self.state = RunState(**self._training["progress"]) if self._training else RunState()
         if self._training:
             log.info("resuming from %s (phase %s, step %d)", self.folder.last_good, self._phase_name, self.state.step)
         self.metrics = MetricsLog(
             self.folder.path / "metrics.jsonl", self._training["metrics"] if self._training else 0
         )
-        self.folder.begin(to_dict(config))
 
     # ---- the run ----
 
@@ -77,6 +77,7 @@ class Loop:
         if self._finished():
             log.info("%s: complete, nothing to do (--fresh starts over)", self.folder.final)
             return
+        self.folder.begin(to_dict(self.config))
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while True:
@@ -87,7 +88,7 @@ class Loop:
             self._save(self.folder.final.name)
             log.info("saved %s", self.folder.final)
         except RuntimeError as error:  # raised by torch in the middle of whatever is being done
-            if "DataLoader worker" not in str(error):
+            if not re.match(r"DataLoader worker \(pid", str(error)):  # else it is what went wrong inside of one
                 raise
             raise UserError(
                 f"a process that prepares batches was killed, perhaps for want of memory ({str(error).split('.')[0]}); "
@@ -282,7 +283,7 @@ class Loop:
 
     def _report(self, name: str, lr: float, norm: float, throughput: float) -> None:
         state = self.state
-        loss = state.window_loss / max(1, state.window_steps)
+        loss = state.window_loss / state.window_steps if state.window_steps else math.nan  # all were skipped
         figures = {"loss": loss, "lr": lr, "grad_norm": norm}
         state.window_loss, state.window_steps = 0.0, 0
         seen = state.seen[f"{name}.{self.stage.unit}"]
@@ -299,7 +300,10 @@ class Loop:
         state, config = self.state, self.stage.config
         self.run.model.eval()
         with torch.no_grad(), isolated_randomness(self.options.seed), self.precision.autocast():
-            figures = self.stage.evaluate(self.run.model)
+            try:
+                figures = self.stage.evaluate(self.run.model)
+            except UserError as error:
+                raise UserError(f"{error}. {self.folder.standing()}") from None
         state.figures[name] = figures
         self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
         self.board.write("val", figures, state.step)

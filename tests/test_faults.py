@@ -54,6 +54,45 @@ def test_bad_samples_are_left_out_and_counted(workers: int, config: Path, tmp_pa
     assert counts[11] == 2  # of the first phase, whose 24 batches hold every row
 
 
+def test_a_run_may_go_on_when_its_data_have_turned_bad(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is gone changes the lineage; who leaves bad samples out need not start over."""
+    run = tmp_path / "run"
+    assert train(config, run, "--first.max_steps", "8", "--second.max_steps", "2") == 0
+    words = ("--data_name", "b", "--second.max_steps", "6")
+    assert train(config, run, *words) == 1
+    assert "--on_bad_sample skip goes on without them" in capsys.readouterr().err
+    assert train(config, run, *words, "--on_bad_sample", "skip") == 0
+    assert 'the data have changed, and their order with them: data: "a" -> "b"' in capsys.readouterr().out
+
+
+def test_another_seed_is_refused_and_nothing_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+    before = (run / "config.json").read_bytes()
+    assert train(config, run, "--seed", "1") == 1
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert train(config, run, "--print_freq", "7") == 0  # complete: nothing to do, and nothing is written
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_nothing_usable_at_all_ends_the_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--bad_rows", json.dumps(list(range(37))), "--on_bad_sample", "skip", "--max_bad_fraction", "1")
+    assert train(config, tmp_path / "run", *words) == 1
+    assert "37 of 37 samples cannot be used" in capsys.readouterr().err
+
+
+def test_a_window_of_skipped_steps_has_no_loss(config: Path, tmp_path: Path) -> None:
+    assert train(config, tmp_path / "run", "--poison", "[7]") == 0
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert losses[3] is None and losses[2] > 0 and losses[4] > 0
+
+
 def test_too_many_bad_samples_end_the_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--bad_rows", "[3, 30]", "--on_bad_sample", "skip", "--max_bad_fraction", "0.03")
     assert train(config, tmp_path / "run", *words) == 1
@@ -117,7 +156,7 @@ def test_nan_is_never_the_best(config: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tests.toy.float", lambda value: next(values, None) or real(value), raising=False)
     assert train(config, tmp_path / "run", "--second.max_steps", "1") == 0
     validations = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "val"]
-    assert validations[0] != validations[0] and validations[1] == validations[1]
+    assert validations[0] is None and validations[1] > 0
     assert (tmp_path / "run" / "toy_best.pt").exists()
 
 
@@ -174,6 +213,29 @@ def test_without_any_whole_checkpoint_nothing_is_overwritten(
     assert said.out.count("passing over") == 3 and "found 3 checkpoints and none that can be read" in said.err
     assert before == {path.name: path.read_bytes() for path in run.glob("*.*")}
     assert train(config, run, fresh=True) == 0 and list(tmp_path.glob("run.before-*"))
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), MemoryError(), OSError(errno.EIO, "disk")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
+    error: Exception, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(config, run) == 0
+
+    def fail(path: Path) -> str:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", fail)
+        assert train(config, run, "--second.max_steps", "8") == 1
+    assert "cannot be read now" in capsys.readouterr().err
+    assert not list(run.glob("*.damaged"))
+    assert train(config, run, "--second.max_steps", "8") == 0
+
+
+def test_an_error_inside_of_a_worker_keeps_its_traceback(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        train(config, tmp_path / "run", "--num_workers", "1", "--broken_batch", "true")
 
 
 def test_what_a_killed_run_had_begun_to_write_is_removed(config: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class ToyConfig(StageConfig):
     burst: str = ""  # a module whose output, or whose gradient ("... backward"), becomes NaN in the second step
     data: DataConfig = field(default_factory=DataConfig)
     bad_rows: tuple[int, ...] = ()  # rows that cannot be read
+    broken_batch: bool = False  # making a batch fails, by a mistake in the code
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Points(Batch):
 class Data:
     """Noisy lines; row i has 1 + i % 5 targets."""
 
-    def __init__(self, bad_rows: tuple[int, ...] = ()) -> None:
-        self.bad_rows = bad_rows
+    def __init__(self, bad_rows: tuple[int, ...] = (), broken_batch: bool = False) -> None:
+        self.bad_rows, self.broken_batch = bad_rows, broken_batch
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(37, 5, 4)).astype(np.float32)
         self.y = self.x.sum(-1)
@@ -66,6 +67,8 @@ class Data:
         return f"toy.csv:{index + 2}"
 
     def collate(self, samples: list[Any]) -> Points:
+        if self.broken_batch:
+            raise RuntimeError("a mistake of ours")
         x, y, valid = (torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
         return Points({"points": int(valid.sum())}, x, y, valid)
 
@@ -123,7 +126,7 @@ def build(config: ToyConfig, precision: Precision) -> Run:
 
     def phase(part: nn.Module, settings: PhaseConfig) -> Callable[[], Stage]:
         def start() -> Stage:
-            data = Data(config.bad_rows)
+            data = Data(config.bad_rows, config.broken_batch)
             stream = BatchStream(
                 data, settings.batch_size, config.run.seed, num_workers=config.run.num_workers, rules=config.data
             )
@@ -138,6 +141,7 @@ def build(config: ToyConfig, precision: Precision) -> Run:
         model_config={"width": config.width, "dropout": config.dropout},
         assets={"notes.txt": b"kept"},
         lineage={"data": config.data_name},
+        data_may_change=config.data.on_bad_sample == "skip",
     )
 
 

@@ -45,6 +45,7 @@ def read_parts(
     rows = manifest.usable(data)
     fingerprint = {"train": data_fingerprint(data.train, (row.path(media_column) for row in rows))}
     if data.val is None:
+        fingerprint["train"]["val_split"] = data.val_split
         training, validation = split_rows(rows, data.val_split, contents_of([row.path(media_column) for row in rows]))
     else:
         training, validation = rows, scan(data.val, data).usable(data)

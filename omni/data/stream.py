@@ -90,7 +90,8 @@ class BatchStream:
         rules: DataConfig = _ALL_GOOD,
         left_out: int = 0,
     ) -> None:
-        assert len(samples) > 0, "a data set without samples must be refused where it is read"
+        if len(samples) == 0:
+            raise UserError("no sample is left to train on, expected at least one")
         self.samples = samples
         self.batch_size = min(batch_size, len(samples))
         self.seed = seed
@@ -101,7 +102,7 @@ class BatchStream:
         self.epoch = 0
         self.used = 0  # batches of this epoch
         self.rows: list[int] = []  # indices of the samples in the batch last returned
-        self.bad: set[int] = set()  # indices of the samples found unusable so far
+        self.bad: set[str] = set()  # where the samples stand that were found unusable so far
         self._batches: Iterator[_Prepared] | None = None
 
     @property
@@ -129,18 +130,21 @@ class BatchStream:
         """Remember unusable samples, or refuse them.
 
         Raises:
-            UserError: for the first, or when they are more than ``max_bad_fraction`` of all samples.
+            UserError: for the first, or when they are more than ``max_bad_fraction`` of all samples, or all.
         """
+        if not bad:
+            return
         for index, why in bad.items():
             if self.rules.on_bad_sample == "error":
                 raise UserError(f"{self.where(index)}: {why}; --on_bad_sample skip leaves such samples out")
-            if index not in self.bad:
+            if self.where(index) not in self.bad:
                 log.warning("%s: left out: %s", self.where(index), why)
-                self.bad.add(index)
-        if len(self.bad) > self.rules.max_bad_fraction * len(self.samples):
+                self.bad.add(self.where(index))
+        most = self.rules.max_bad_fraction
+        if len(self.bad) > most * len(self.samples) or len(self.bad) == len(self.samples):
             raise UserError(
-                f"{len(self.bad)} of {len(self.samples)} samples cannot be used, the last {self.where(max(self.bad))}; "
-                f"expected at most a share of {self.rules.max_bad_fraction:g} (max_bad_fraction)"
+                f"{len(self.bad)} of {len(self.samples)} samples cannot be used, the last {self.where(max(bad))}; "
+                f"expected at most a share of {most:g} (max_bad_fraction), and one that can"
             )
 
     @property
@@ -230,7 +234,7 @@ def _sample(samples: Samples, index: int, rng: np.random.Generator | None) -> An
 def _begin_worker(number: int) -> None:
     """Ctrl-C and SIGTERM reach every process of a group; the training process alone decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # until then it finishes its step and saves
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1800))  # by then it has finished its step and saved
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     die_with_parent()
 
