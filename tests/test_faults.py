@@ -283,7 +283,7 @@ def test_a_signal_to_the_whole_group_is_the_trainers_to_answer(config: Path, tmp
 
 def test_a_killed_worker_is_one_sentence(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    child = start(config, run, "--sleep", "0.05", "--num_workers", "2")
+    child = start(config, run, "--sleep", "0.2", "--num_workers", "2")
     wait_for_steps(child, run, 6)
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)

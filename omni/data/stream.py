@@ -168,7 +168,11 @@ class BatchStream:
 
     def close(self) -> None:
         """End the processes that prepare batches, if there are any."""
-        self._batches = None
+        workers = getattr(self._batches, "_workers", [])
+        self._batches = None  # asks them to leave, and waits for a few seconds
+        for worker in workers:
+            if worker.is_alive():  # one that was killed may have taken along what another waits for
+                worker.kill()
 
     def order(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch as lists of indices."""
