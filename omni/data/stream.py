@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from omni.config import DataConfig, UserError
 from omni.console import log
@@ -168,11 +169,13 @@ class BatchStream:
 
     def close(self) -> None:
         """End the processes that prepare batches, if there are any."""
-        workers = getattr(self._batches, "_workers", [])
-        self._batches = None  # asks them to leave, and waits for a few seconds
-        for worker in workers:
-            if worker.is_alive():  # one that was killed may have taken along what another waits for
-                worker.kill()
+        batches, self._batches = self._batches, None
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            # not left to the collector: an error that is on its way up still refers to it
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                if worker.is_alive():  # one that was killed may have taken along what another waits for
+                    worker.kill()
 
     def order(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch as lists of indices."""
