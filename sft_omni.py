@@ -141,7 +141,7 @@ class ChatPhases:
         """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained."""
         found, data = self.chats("training"), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
-            found = [chat for chat in found if chat.paths("image") or chat.paths("audio")]
+            found = [chat for chat in found if chat.media]
         self.encoder.cuts = self.encoder.unfit = 0
         encoded = [self.encoder.example(chat.messages, chat.transcript, chat.where) for chat in found]
         if self.encoder.cuts:

@@ -22,7 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         partial.replace(path)
         _flush_folder(path.parent)
-    except BaseException:
+    except BaseException:  # Ctrl-C too; it goes on its way
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

@@ -316,7 +316,7 @@ def _build(cls: type[Config], values: Any, prefix: str, problems: list[Problem])
     """Build one dataclass, adding to ``problems``; None when it cannot be built."""
     before = len(problems)
     if not isinstance(values, dict):
-        problems.append(Problem(prefix.rstrip(".") or "(top)", _show(values), "an object {...}"))
+        problems.append(Problem(prefix.rstrip(".") or "(top)", short_json(values), "an object {...}"))
         return None
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -360,11 +360,12 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    problems.append(Problem(key, _show(value), type_name(kind)))
+    problems.append(Problem(key, short_json(value), type_name(kind)))
     return None
 
 
-def _show(value: Any) -> str:
+def short_json(value: Any) -> str:
+    """A plain value as it can stand in a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from omni.config import short_json
+
 _ROOT = Path(__file__).parent.parent  # of the checkout; of site-packages, where the package was installed
 
 
@@ -55,9 +57,4 @@ def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
         for name in sorted({*old, *new}):
             yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new:
-        yield f"{key}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        yield f"{key}: {short_json(old)} -> {short_json(new)}"

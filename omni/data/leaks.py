@@ -57,13 +57,11 @@ def part_of_rows(rows: Sequence[Row], file_column: str, text_column: str) -> Par
 
 def part_of_chats(chats: Sequence[Chat]) -> Part:
     """Chats: their pictures and recordings, and what is said in those that have none."""
-    media = [
-        Medium(chat.where, Path(path)) for chat in chats for kind in ("image", "audio") for path in chat.paths(kind)
-    ]
+    media = [Medium(chat.where, Path(path)) for chat in chats for path in chat.media]
     texts = [
         Text(chat.where, " ".join(part.value for message in chat.messages for part in message.parts))
         for chat in chats
-        if not chat.paths("image") and not chat.paths("audio")
+        if not chat.media
     ]
     return Part(media, texts)
 
