@@ -27,7 +27,8 @@ from omni.data.parts import read_parts
 from omni.data.speech import scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import CropBatch, Crops, Sentences, VoiceBatch, VoiceCrops, Voices
-from omni.evaluate.talker import Mind, validate_codec, validate_vocoder
+from omni.evaluate.talker import validate_codec, validate_vocoder
+from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.speaker import speaker_loss_sum
 from omni.models.speech import SpeechConfig, SpeechModel, filled_in

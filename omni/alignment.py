@@ -10,12 +10,13 @@ import torch
 from omni.cache import cache_key, through_cache
 from omni.data.speech import pad_frames
 from omni.data.voices import Aligned, Voices
-from omni.generate_speech import embed_speakers, word_states
+from omni.generate_speech import embed_speakers
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.speech import SpeechModel
 from omni.models.thinker import Thinker
 from omni.runtime import log
 from omni.speech_text import spoken_words, units
+from omni.thinker_states import word_states
 from omni.timing import unit_durations, word_spans
 from omni.tokenizer import Characters, Tokenizer, needed_steps
 

@@ -94,7 +94,7 @@ def _evaluate(words: argparse.Namespace) -> int:
 
 def _speak(words: argparse.Namespace) -> int:
     from omni.config import UserError
-    from omni.generate_speech import Sampling
+    from omni.sampling import Sampling
     from omni.say import Request, say_to_file
     from omni.stages import STAGES
 
@@ -102,14 +102,15 @@ def _speak(words: argparse.Namespace) -> int:
         ("temperature", words.temperature >= 0, "0 or more"),
         ("top_k", words.top_k >= 0, "0 or more"),
         ("top_p", 0 < words.top_p <= 1, "a share above 0, at most 1"),
+        ("seed", words.seed >= 0, "0 or more"),
         ("speed", 0.25 <= words.speed <= 4, "0.25 to 4"),
     ):
         if not fits:
             option = name.replace("_", "-")
             raise UserError(f"--{option}: found {getattr(words, name):g}, expected {expected}", exit_code=2)
     talker = next(stage for stage in STAGES if stage.kind == "talker")
-    sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed, words.speed)
-    request = Request(words.text, words.voice, words.reference, sampling)
+    sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed)
+    request = Request(words.text, words.voice, words.reference, sampling, words.speed)
     print(say_to_file(words.checkpoint or talker.checkpoint(words.size), request, words.out))
     return 0
 

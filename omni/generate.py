@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,32 +11,8 @@ from omni.features import FeatureStore
 from omni.models.layers import KVCache
 from omni.models.omni import OmniModel
 from omni.models.thinker import Thinker
+from omni.sampling import GREEDY, Chances, Sampling, choose
 from omni.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; a temperature of 0 takes the most likely one."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> torch.Tensor:
-    """Next tokens [B]."""
-    if sampling.temperature <= 0:
-        return logits_BV.argmax(-1)
-    logits = logits_BV.float() / sampling.temperature
-    if sampling.top_k:
-        smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, indices = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.scatter(1, indices, ordered.masked_fill(before >= sampling.top_p, float("-inf")))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
 @torch.no_grad()
@@ -47,7 +22,7 @@ def stream_tokens(
     valid_BT: torch.Tensor,
     end_id: int,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[torch.Tensor]:
     """Yield the next token of every row, [B], until all have ended.
 
@@ -57,12 +32,11 @@ def stream_tokens(
         valid_BT: False at padding; padding is neither attended to nor counted in positions.
         end_id: the token that ends a row; an ended row goes on yielding it.
         max_new_tokens: most tokens to yield; the context length bounds it as well.
-        sampling: greedy by default.
+        sampling: how tokens are drawn; a row draws what it would draw alone.
     """
-    sampling = sampling or Sampling()
     B, T, _ = embeddings_BTD.shape
     device = embeddings_BTD.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
+    chances = Chances(sampling, [0] * B)
     cache = KVCache(thinker.config.num_layers)
     positions_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
     # a padding query attends to itself, so that no row of the softmax is empty
@@ -72,7 +46,7 @@ def stream_tokens(
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     keys_BT, next_position_B1 = valid_BT, positions_BT[:, -1:] + 1
     for _ in range(min(max_new_tokens, thinker.config.ctx_len - T)):
-        token = choose(thinker.logits(states), sampling, generator)
+        token = choose(thinker.logits(states), sampling, chances.next(B))
         token = torch.where(ended, torch.full_like(token, end_id), token)
         ended = ended | (token == end_id)
         yield token
@@ -90,7 +64,7 @@ def answer(
     prompts: Sequence[Encoded],
     features: FeatureStore,
     max_new_tokens: int = 64,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     batch_size: int = 64,
 ) -> list[str]:
     """Answers to encoded prompts (:meth:`omni.data.dialogue.ChatEncoder.prompt`), batched by length."""

@@ -10,11 +10,11 @@ import torch
 
 from omni.audio import load_audio, log_mel, save_wav
 from omni.config import RunConfig, UserError
-from omni.evaluate.talker import Mind
-from omni.generate_speech import GREEDY, Sampling, Spoken, embed_speakers, speak
+from omni.generate_speech import Mind, Spoken, embed_speakers, speak
 from omni.load import load_omni, load_speech, load_thinker
 from omni.models.speech import SpeechModel
 from omni.runtime import setup_compute
+from omni.sampling import GREEDY, Sampling
 from omni.summary import read_summary
 
 
@@ -27,12 +27,14 @@ class Request:
         voice: a speaker of the training data; None: the first.
         reference: a recording whose voice is meant, instead of ``voice``; a few seconds are enough.
         sampling: how codes are drawn.
+        speed: 2.0 halves every duration.
     """
 
     text: str
     voice: str | None = None
     reference: Path | None = None
     sampling: Sampling = GREEDY
+    speed: float = 1.0
 
 
 def load_speaker(checkpoint: Path) -> tuple[SpeechModel, Mind | None]:
@@ -58,7 +60,7 @@ def say(speech: SpeechModel, mind: Mind | None, request: Request) -> Spoken:
         UserError: for an unknown voice (the message lists those that there are), a reference that is no recording, or
             a text with nothing to speak.
     """
-    return speak(speech, [request.text], _voice(speech, request)[None], mind, request.sampling)[0]
+    return speak(speech, [request.text], _voice(speech, request)[None], mind, request.sampling, request.speed)[0]
 
 
 def say_to_file(checkpoint: Path, request: Request, out: Path) -> str:

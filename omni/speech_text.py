@@ -16,7 +16,7 @@ from num2words import num2words
 
 from omni.config import UserError
 
-MAX_WORDS = 30  # of a chunk that is spoken in one piece; longer text is cut at a sentence's or a phrase's end
+MAX_WORDS = 30  # of a chunk that is spoken in one piece, unless a sentence or a phrase ends before
 MAX_CHARACTERS = 20_000  # more is refused: half an hour of speech is no longer an answer
 
 _SYMBOLS = {
@@ -66,7 +66,7 @@ def units(words: list[SpokenWord]) -> list[str]:
 
 
 def chunks(text: str) -> list[list[SpokenWord]]:
-    """The words of a text in pieces of at most ``MAX_WORDS``.
+    """The words of a text in pieces of at most ``MAX_WORDS`` (see :func:`ends_chunk`).
 
     Raises:
         UserError: when there is nothing to say, or far too much.
@@ -75,21 +75,30 @@ def chunks(text: str) -> list[list[SpokenWord]]:
         raise UserError(f"text: found {len(text)} characters, expected at most {MAX_CHARACTERS} to speak")
     words = spoken_words(text)
     if not words:
-        shown = text if len(text) <= 40 else text[:37] + "..."
-        raise UserError(f"text: found nothing to speak in {shown!r}, expected words in Latin letters, or numbers")
+        raise nothing_to_speak(text)
     return list(_pieces(words))
 
 
+def nothing_to_speak(text: str) -> UserError:
+    """What to say of a text without words."""
+    shown = text if len(text) <= 40 else text[:37] + "..."
+    return UserError(f"text: found nothing to speak in {shown!r}, expected words in Latin letters, or numbers")
+
+
+def ends_chunk(num_words: int, pause: str) -> bool:
+    """Whether a chunk of so many words ends at this pause, without a look at what comes after it."""
+    return num_words >= MAX_WORDS or (pause in ".?!" and num_words >= 10) or (pause in _MARKS and num_words >= 20)
+
+
 def _pieces(words: list[SpokenWord]) -> Iterator[list[SpokenWord]]:
-    while len(words) > MAX_WORDS:
-        cut = 0
-        for marks in (".?!", _MARKS):
-            cut = cut or max((i + 1 for i in range(MAX_WORDS) if words[i].pause in marks), default=0)
-        cut = cut or MAX_WORDS
-        yield words[:cut]
-        words = words[cut:]
-    if words:
-        yield words
+    piece: list[SpokenWord] = []
+    for word in words:
+        piece.append(word)
+        if ends_chunk(len(piece), word.pause):
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 def _readable(token: str) -> list[str]:

@@ -12,7 +12,8 @@ from omni.alignment import align, codes_and_embeddings, mean_embeddings, sentenc
 from omni.config import PhaseConfig, RunConfig
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import SentenceBatch, Sentences, Voices
-from omni.evaluate.talker import Mind, grade_samples, validate_talker
+from omni.evaluate.talker import grade_samples, validate_talker
+from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.speech import SpeechModel
 from omni.models.talker import talker_losses

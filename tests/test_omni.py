@@ -9,7 +9,7 @@ import sft_omni
 from omni.checkpoint import save_checkpoint
 from omni.config import UserError
 from omni.data.dialogue import Encoded, collate_chats
-from omni.generate import Sampling, choose, embed_batch, stream_tokens
+from omni.generate import embed_batch, stream_tokens
 from omni.losses import next_token_loss_sum
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -162,15 +162,6 @@ def test_cached_decoding_is_the_argmax_of_a_full_pass(model):
             logits = model.thinker.logits(model.thinker(x).final_BTD[:, -1])
         assert logits.argmax().item() == token.item()
         x = torch.cat([x, model.thinker.embed(token[None, None])], dim=1)
-
-
-def test_sampling_controls():
-    logits = torch.tensor([[3.0, 2.0, 1.0, -5.0]]).expand(500, -1)
-    draw = lambda **keys: set(  # noqa: E731
-        choose(logits, Sampling(temperature=1.0, **keys), torch.Generator().manual_seed(1)).tolist()
-    )
-    assert draw(top_k=2) == {0, 1} and draw(top_p=0.6) == {0} and draw() >= {0, 1, 2}
-    assert choose(logits, Sampling(), None).unique().tolist() == [0]
 
 
 def test_replayed_text_and_answers_are_loss_terms_of_their_own(model):

@@ -23,7 +23,7 @@ from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import UserError, from_dict, to_dict
 from omni.data.speech import read_speech_manifest
 from omni.data.voices import Aligned, SentenceBatch, Sentences, Voices
-from omni.generate_speech import Sampling, draw, generate_codes, speak, states_at_words
+from omni.generate_codes import generate_codes
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import CodecConfig
 from omni.models.quantizer import QuantizerConfig
@@ -31,11 +31,13 @@ from omni.models.speaker import SpeakerConfig
 from omni.models.speech import SpeechConfig, SpeechModel, speech_from_checkpoint
 from omni.models.talker import Talker, TalkerConfig, talker_losses
 from omni.models.vocoder import VocoderConfig
+from omni.sampling import GREEDY, Sampling
 from omni.speech_text import chunks, spoken_words, units
 from omni.timing import plan_batch, plan_frames, round_durations, unit_durations, unit_symbols, word_spans
 from omni.tokenizer import Characters
 
 ROOT = Path(__file__).resolve().parents[1]
+CODEBOOKS = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(2))
 TALKER = TalkerConfig(dim=32, num_layers=2, num_heads=2, hidden_dim=48, window=8, dropout=0.0, state_dim=6)
 
 
@@ -140,7 +142,7 @@ def test_step_by_step_decoding_equals_teacher_forcing() -> None:
     talker, text = small_talker(), "the red cat sat down."
     parts, durations = sentence(text)
     speaker = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
-    codes = generate_codes(talker, [parts], speaker, durations=[torch.tensor(durations)])[0]
+    codes = generate_codes(talker, CODEBOOKS, [parts], speaker, durations=[torch.tensor(durations)])[0].codes_TK
     assert len(codes) > 2 * TALKER.window  # so that the attention window matters
     batch = batch_of([text], states=False)
     batch.speaker_BE, batch.codes_BTK[0, : len(codes)] = speaker, codes
@@ -154,10 +156,28 @@ def test_batched_generation_equals_single() -> None:
     texts = [units(spoken_words(text)) for text in ("one", "a much longer sentence, with a pause.", "two words")]
     speakers = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
     states = [torch.randn(len(row), 6) for row in texts]
-    together = generate_codes(talker, texts, speakers, states)
-    for row in range(3):
-        alone = generate_codes(talker, texts[row : row + 1], speakers[row : row + 1], states[row : row + 1])[0]
-        assert torch.equal(together[row], alone)
+    for sampling in (GREEDY, Sampling(temperature=1.0, top_k=5, seed=3)):
+        together = generate_codes(talker, CODEBOOKS, texts, speakers, states, sampling)
+        for row in range(3):
+            one = slice(row, row + 1)
+            alone = generate_codes(talker, CODEBOOKS, texts[one], speakers[one], states[one], sampling)[0]
+            assert torch.equal(together[row].codes_TK, alone.codes_TK)
+            torch.testing.assert_close(together[row].vectors_TD, alone.vectors_TD)
+
+
+@torch.no_grad()
+def test_drawn_codes_are_decoded_as_they_are_and_probable_ones_by_their_mean() -> None:
+    talker, parts = small_talker(), [units(spoken_words("a much longer sentence."))]
+    speaker = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
+    drawn = generate_codes(talker, CODEBOOKS, parts, speaker, sampling=Sampling(temperature=1.0))[0]
+    exact = sum(CODEBOOKS[k][drawn.codes_TK[:, k]] for k in range(3))
+    torch.testing.assert_close(drawn.vectors_TD, exact)
+    talker.base_head.weight.mul_(1e4)  # a Talker that is sure of a code decodes that code
+    for head in talker.depth_heads:
+        head[-1].weight.mul_(1e4)
+    sure = generate_codes(talker, CODEBOOKS, parts, speaker)[0]
+    exact = sum(CODEBOOKS[k][sure.codes_TK[:, k]] for k in range(3))
+    assert float((sure.vectors_TD - exact).abs().amax(-1).median()) < 1e-4
 
 
 @torch.no_grad()
@@ -210,22 +230,6 @@ def test_the_talker_sees_no_frame_ahead() -> None:
         assert float((after[:, t, 1] - before[:, t, 1]).abs().max()) > 0  # the residual code sees the base code
 
 
-def test_sampling_is_a_function_of_its_seed_and_keeps_to_the_nucleus() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -9.0]]).repeat(500, 1)
-    first, again = (draw(logits, Sampling(1.0, top_k=3, top_p=0.9), torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert set(first.tolist()) == {0, 1}
-    assert draw(logits, Sampling(), None).unique().tolist() == [0]
-
-
-def test_states_are_those_of_each_words_last_token() -> None:
-    text = "Wait: 21 dogs."
-    sizes = [2, 3, 1, 2, 1, 4, 1]  # tokens "Wa", "it:", " ", "21", " ", "dogs", "."
-    states = states_at_words(torch.arange(7.0)[:, None], sizes, text, spoken_words(text))
-    # units: pause, wait, pause, twenty, pause, one, pause, dogs, pause
-    assert states[:, 0].tolist() == [0, 1, 1, 3, 3, 3, 3, 6, 6]
-
-
 def small_speech(voices: tuple[str, ...] = ("ann", "bob")) -> SpeechModel:
     torch.manual_seed(0)
     quantizer = QuantizerConfig(codebook_size=16, dim=8)
@@ -237,18 +241,6 @@ def small_speech(voices: tuple[str, ...] = ("ann", "bob")) -> SpeechModel:
         voices=voices,
     )
     return SpeechModel(config).eval()
-
-
-@torch.no_grad()
-def test_speak_joins_chunks_and_knows_its_voices() -> None:
-    model = small_speech()
-    spoken = speak(model, ["hello there.", "go on and on. " * 12], torch.randn(2, 8))
-    assert len(spoken) == 2
-    for item in spoken:
-        assert len(item.wave) == len(item.frames_FM) * 160 and bool(torch.isfinite(item.wave).all())
-    assert model.voice("bob").shape == (8,)
-    with pytest.raises(UserError, match="ann, bob"):
-        model.voice("carol")
 
 
 # ---- stage D in miniature ----

@@ -57,6 +57,12 @@ TRAIN_VOICES = """
 UNSEEN_VOICES = """
     us-annie-mid rp-mike-mid gb-andrea-low scot-alex-high nyc-m3-mid mid-f5-high carib-m8-high lanc-f2-low
 """.split()  # noqa: SIM905
+# For the judge of speech output, who shall have heard neither what the Talker nor what stage B heard.
+JUDGE_VOICES = """
+    rp-m2-low lanc-m1-mid scot-f1-high nyc-m7-low mid-m6-mid carib-f2-high gb-m8-low gb-f4-mid
+    carib-f5-high mid-m4-low scot-f3-mid lanc-m3-high rp-m3-low nyc-f4-mid nyc-m8-high rp-f3-low
+    lanc-m4-mid scot-m6-high mid-m7-low carib-f1-mid gb-m2-high carib-m1-low lanc-f5-mid nyc-f2-high
+""".split()  # noqa: SIM905
 _VARIANTS = {"annie": "Annie", "mike": "Mike", "andrea": "Andrea", "alex": "Alex"}
 _VOICE = re.compile(rf"({'|'.join(ACCENTS)})-([a-z0-9]+)-({'|'.join(PITCHES)})")
 

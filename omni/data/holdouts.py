@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from omni.data.espeak import UNSEEN_VOICES
 from omni.data.lexicon import COLOURS, NUMBER_NAMES, PLACES, RELATIONS, SHAPES, SIZES
 from omni.data.stories import units
 from omni.data.world import Caption, Clause, Thing, World, normalize
@@ -71,9 +72,26 @@ def check(folder: Path, world: World, train_voices: set[str]) -> None:
     for name in ("asr_test_voices", "tts_test_voices"):
         known = {row["speaker"] for row in read_csv(folder / "audio" / f"{name}.csv")} & train_voices
         problems += [f"{name}.csv: voice {voice} is heard in training" for voice in sorted(known)]
+    if (folder / "audio" / "judge_train.csv").exists():
+        problems += _judge_problems(folder, world, train_voices)
     if problems:
         shown = "\n".join(problems[:20])
         raise RuntimeError(f"the micro-world breaks its own split in {len(problems)} places:\n{shown}")
+
+
+def _judge_problems(folder: Path, world: World, train_voices: set[str]) -> list[str]:
+    """What the judge of speech output shares with those it grades, or says of what is held out."""
+    stages = [row for name in ("asr_train", "tts_train") for row in read_csv(folder / "audio" / f"{name}.csv")]
+    texts, tests = {row["text"] for row in stages}, {text for _, text in test_sentences(folder)}
+    found = []
+    for name in ("judge_train", "judge_val"):
+        for row in read_csv(folder / "audio" / f"{name}.csv"):
+            found += [f"{name}.csv: {problem}: {row['text']!r}" for problem in violations(world, row["text"])]
+            if row["text"] in texts or units(row["text"]) & tests:
+                found.append(f"{name}.csv: another set says it too: {row['text']!r}")
+            if row["speaker"] in train_voices or row["speaker"] in UNSEEN_VOICES:
+                found.append(f"{name}.csv: voice {row['speaker']} is heard elsewhere")
+    return found
 
 
 def violations(world: World, text: str) -> list[str]:

@@ -278,12 +278,12 @@ TALK = {
 # Frames for a word that was never heard in training.
 WORD_FRAMES = (
     "the next word is {w}.",
-    "can you say {w} and {x}?",
+    "can you say {w} and {w}?",
     "please write the word {w}.",
-    "i said {w}, not {x}.",
+    "i said {w}, not {w}.",
     "do you know the word {w}?",
     "she said {w} again.",
-    "{w} and {x} are two words.",
+    "{w} and {w} are two words.",
 )  # fmt: skip
 
 
@@ -291,6 +291,17 @@ WORD_FRAMES = (
 def lexicon() -> tuple[str, ...]:
     """Return the free words: common, and none that sounds like another."""
     return tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
+
+
+@cache
+def letter_followers() -> dict[str, str]:
+    """Return for every two letters of the lexicon those that come after them, as often as they do; a dot ends a word."""
+    found: dict[str, str] = {}
+    for word in lexicon():
+        letters = f"  {word}."
+        for i in range(len(letters) - 2):
+            found[letters[i : i + 2]] = found.get(letters[i : i + 2], "") + letters[i + 2]
+    return found
 
 
 @cache

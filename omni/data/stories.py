@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from omni.data.lexicon import (
     COLOURS,
@@ -31,6 +31,8 @@ from omni.data.lexicon import (
     TALK,
     THING_COLOURS,
     WORD_FRAMES,
+    letter_followers,
+    lexicon,
     number_words,
 )
 from omni.data.questions import (
@@ -256,16 +258,40 @@ def units(document_text: str) -> set[str]:
 
 
 def free_sentence(world: World, rng: random.Random, shortest: int = 1) -> str:
-    """Draw speech that no grammar predicts: words in any order, names, spelled words, numbers."""
-    kind = rng.choices(("words", "names", "spelled", "numbers"), (70, 8, 10, 12))[0]
+    """Draw speech that no grammar predicts: words in any order, names, spelled words, numbers, words being named."""
+    kind = rng.choices(("words", "names", "spelled", "numbers", "named"), (60, 8, 10, 12, 10))[0]
     if kind == "words":
-        return " ".join(rng.sample(world.words, rng.choice((2, 3, 4, 4, 5, 5, 6, 7, 8)))) + "."
+        return " ".join(free_word(world, rng) for _ in range(rng.choice((2, 3, 4, 4, 5, 5, 6, 7, 8)))) + "."
     if kind == "names":
         return " ".join(rng.sample(world.names, rng.randint(2, 4))) + "."
     if kind == "spelled":
         return " ".join(rng.choice([word for word in world.words if len(word) <= 6])) + "."
+    if kind == "named":
+        return _named(rng, 1, lambda: free_word(world, rng))
     number = rng.randint(shortest, 3)
     return ", ".join(number_words(rng.randrange(rng.choice((21, 100, 1000)))) for _ in range(number)) + "."
+
+
+def free_word(world: World, rng: random.Random) -> str:
+    """Draw a word; where all of the lexicon is spoken, a third are made up.
+
+    Who has heard words that do not exist can spell, and speak, words that were never heard.
+    """
+    if world.made_up_words and rng.random() < 0.33:
+        return made_up_word(world, rng)
+    return rng.choice(world.words)
+
+
+def made_up_word(world: World, rng: random.Random) -> str:
+    """Draw a word that does not exist, each letter by the two before it, as in the words of the lexicon."""
+    followers = letter_followers()
+    while True:
+        word = "  "
+        while not word.endswith(".") and len(word) < 13:
+            word += rng.choice(followers[word[-2:]])
+        word = word.strip(" .")
+        if 4 <= len(word) <= 9 and word not in world.heldout_words and word not in lexicon():
+            return word
 
 
 def grammar_sentence(world: World, rng: random.Random, split: str, shortest: int = 1, longest: int = 18) -> str:
@@ -308,6 +334,12 @@ def _sentence(world: World, rng: random.Random, kind: str, split: str, long: boo
     return f"{said} {answer}" if long else rng.choice((said, answer))
 
 
-def unheard_sentence(world: World, rng: random.Random, words: list[str]) -> str:
-    """Put one or two words that were never heard into a plain frame."""
-    return rng.choice(WORD_FRAMES).format(w=words[0], x=words[1])
+def unheard_sentence(world: World, rng: random.Random, words: Iterator[str], length: int) -> str:
+    """Name words that were never heard, in a frame that was: `length` 0, 1 or 2 for about 5, 6 to 15 or 16 to 25 words."""
+    return _named(rng, (1, 2, 4)[length], words.__next__)
+
+
+def _named(rng: random.Random, number: int, word: Callable[[], str]) -> str:
+    """Draw sentences that name words."""
+    frames = rng.sample(WORD_FRAMES, number)
+    return " ".join(re.sub(r"\{\w\}", lambda _: word(), frame) for frame in frames)

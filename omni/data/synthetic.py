@@ -18,13 +18,13 @@ from typing import Any
 
 from omni.data.chats import Picture
 from omni.data.drawing import draw
-from omni.data.espeak import UNSEEN_VOICES, require, speak_all
+from omni.data.espeak import JUDGE_VOICES, UNSEEN_VOICES, require, speak_all
 from omni.data.holdouts import check
 from omni.data.recordings import Recording
 from omni.data.world import PLACES, World
 from omni.data.world_plan import SIZES, Plan, make_plan
 
-VERSION = 10  # of what is written: raise it with every change that alters a byte
+VERSION = 11  # of what is written: raise it with every change that alters a byte
 
 
 def synthesize(size: str, out: Path, seed: int = 0, processes: int | None = None) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _summary(plan: Plan, size: str, seconds: dict[str, float]) -> dict[str, Any]
         },
         "pictures": {name: len(pictures) for name, pictures in plan.pictures.items()},
         "chats": tasks,
-        "voices": {"train": plan.voices, "tts": plan.tts_voices, "unseen": UNSEEN_VOICES},
+        "voices": {"train": plan.voices, "tts": plan.tts_voices, "unseen": UNSEEN_VOICES, "judge": JUDGE_VOICES},
         "held_out": {
             "pairs": sorted(world.pairs),
             "placed": sorted(world.placed),

@@ -156,6 +156,7 @@ class World:
         words = [word for word in lexicon() if word not in self.heldout_words]
         # a small world has few words, each heard often enough to be learned; 0: all of them
         self.words = tuple(sorted(rng.sample(words, num_free_words)) if num_free_words else words)
+        self.made_up_words = not num_free_words
         self.names = tuple(name for name in HE + SHE if name not in self.heldout_words)
 
     def fold(self, *parts: object) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omni.data.chats import Chats, Picture, unit
-from omni.data.espeak import TRAIN_VOICES, UNSEEN_VOICES
+from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
 from omni.data.recordings import Recorder, Recording, turns_of
 from omni.data.stories import document, free_sentence, grammar_sentence, unheard_sentence, units
 from omni.data.world import World
@@ -24,6 +25,7 @@ class Size:
     images_test: int  # of seen combinations, and as many of held-out ones
     tts_train: int  # recordings in the Talker's voices, some of them in asr_train too
     tts_voices: int
+    tts_free: int  # one in so many of them lies outside the grammar
     asr_free: int  # outside the grammar
     asr_grammar: int
     asr_test: int
@@ -40,33 +42,34 @@ class Size:
     chats_test: int  # a task
     spoken_test: int  # a task with recordings of its own
     heldout_words: int = 60
+    judge: int = 0  # recordings of a recognizer that only grades speech output
     free_words: int = 0  # words of free speech; 0: the whole lexicon
     voices: int = 48
 
 
 _TEST = Size(
-    text_bytes=30_000, images=60, images_test=24, tts_train=16, tts_voices=2, asr_free=12, asr_grammar=4, asr_test=8,
+    text_bytes=30_000, images=60, images_test=24, tts_train=16, tts_voices=2, tts_free=4, asr_free=12, asr_grammar=4, asr_test=8,
     tts_test=6, image_chats=20, captions=4, speech_qa=12, image_speech_qa=6, picture_recordings=4, asr=6, text_qa=30,
-    text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6,
+    text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
 )  # fmt: skip
 _NANO = Size(
-    text_bytes=2_500_000, images=5_000, images_test=300, tts_train=2_600, tts_voices=4, asr_free=1_100,
+    text_bytes=2_500_000, images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
     asr_grammar=2_600, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
     image_speech_qa=400, picture_recordings=200, asr=2_000, text_qa=1_500, text_chat=300, speech_out=200,
     chats_test=120, spoken_test=100,
     free_words=100,
 )  # fmt: skip
 _MICRO = Size(
-    text_bytes=6_000_000, images=16_000, images_test=300, tts_train=3_600, tts_voices=16, asr_free=1_700,
-    asr_grammar=800, asr_test=300, tts_test=200, image_chats=5_000, captions=1_000, speech_qa=2_400,
+    text_bytes=6_000_000, images=16_000, images_test=300, tts_train=5_000, tts_voices=16, tts_free=2, asr_free=4_000,
+    asr_grammar=1_500, asr_test=300, tts_test=200, image_chats=5_000, captions=1_000, speech_qa=2_400,
     image_speech_qa=1_200, picture_recordings=300, asr=1_400, text_qa=9_000, text_chat=1_400, speech_out=500,
-    chats_test=240, spoken_test=200, heldout_words=150,
+    chats_test=240, spoken_test=200, heldout_words=150, judge=4_000,
 )  # fmt: skip
 _TINY = Size(
-    text_bytes=30_000_000, images=60_000, images_test=500, tts_train=10_000, tts_voices=16, asr_free=7_000,
+    text_bytes=30_000_000, images=60_000, images_test=500, tts_train=10_000, tts_voices=16, tts_free=2, asr_free=7_000,
     asr_grammar=4_000, asr_test=600, tts_test=300, image_chats=15_000, captions=3_000, speech_qa=7_000,
     image_speech_qa=3_500, picture_recordings=1_000, asr=4_000, text_qa=25_000, text_chat=4_000, speech_out=1_500,
-    chats_test=500, spoken_test=400, heldout_words=150,
+    chats_test=500, spoken_test=400, heldout_words=150, judge=8_000,
 )  # fmt: skip
 SIZES = {"test": _TEST, "nano": _NANO, "micro": _MICRO, "tiny": _TINY}
 
@@ -169,9 +172,8 @@ def _plan_test_speech(plan: Plan) -> None:
     lengths = ((3, 5), (6, 15), (16, 30))
     rows("tts_val", plan.tts_voices, [grammar("val", lengths[i % 3]) for i in range(size.tts_test // 3)], vary=False)
     rows("tts_test", plan.tts_voices, [grammar("test", lengths[i % 3]) for i in range(size.tts_test)], vary=False)
-    words = sorted(world.heldout_words) * 4
-    rng.shuffle(words)
-    unheard = [unheard_sentence(world, rng, words[2 * i : 2 * i + 2]) for i in range(size.tts_test // 2)]
+    words = turns_of(sorted(world.heldout_words), rng)
+    unheard = [unheard_sentence(world, rng, words, i % 3) for i in range(size.tts_test // 4)]  # a fifth of all
     rows("tts_test_words", plan.tts_voices, unheard, vary=False)
     rows(
         "tts_test_voices",
@@ -233,7 +235,7 @@ def _plan_training(plan: Plan) -> None:
     chats.speech_qa(size.speech_qa)
     chats.speech_out(size.speech_out, answer_in)
     for i in range(size.tts_train - size.speech_out):
-        free = i % 4 == 0
+        free = i % size.tts_free == 0
         answer_in(
             new(lambda: free_sentence(world, rng))
             if free
@@ -256,6 +258,28 @@ def _plan_training(plan: Plan) -> None:
     # the Talker's few clear voices are the easiest: beyond a fifth of all they only take the place of the others
     clear = rng.sample(tts, min(len(tts), (len(heard) + len(questions)) // 4))
     plan.speech["asr_train"] = rng.sample(every := clear + heard + questions, len(every))
+    if size.judge:
+        _plan_judge(plan, new, {row.text for row in every + tts})
+
+
+def _plan_judge(plan: Plan, new: Callable[[Callable[[], str]], str], said: set[str]) -> None:
+    """Choose what the judge of speech output hears: sentences and voices that no stage heard."""
+    rng = plan.rng("speech/judge")
+    speaker = turns_of(JUDGE_VOICES, plan.rng("voices/judge"))
+    texts: list[str] = []
+    while len(texts) < plan.size.judge:
+        text = new(partial(_any_sentence, plan.world, rng))
+        if text not in said:
+            said.add(text)
+            texts.append(text)
+    share = max(4, min(200, len(texts) // 20))
+    for name, part in (("judge_val", texts[:share]), ("judge_train", texts[share:])):
+        plan.speech[name] = [plan.recorder.record("judge", text, next(speaker)) for text in part]
+
+
+def _any_sentence(world: World, rng: random.Random) -> str:
+    """Draw a sentence of the grammar or outside it, as often."""
+    return free_sentence(world, rng) if rng.random() < 0.5 else grammar_sentence(world, rng, "train", 3, 18)
 
 
 def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:

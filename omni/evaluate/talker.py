@@ -23,18 +23,15 @@ from omni.data.manifest import RULES
 from omni.data.speech import read_speech_manifest
 from omni.data.voices import CropBatch, SentenceBatch, VoiceBatch, Voices
 from omni.evaluate.audio_enc import transcribe
-from omni.generate_speech import GREEDY, Sampling, Spoken, embed_speakers, generate_codes, render, speak
+from omni.generate_speech import Mind, Spoken, embed_speakers, speak
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.quantizer import code_usage
 from omni.models.speech import SpeechModel
 from omni.models.talker import talker_losses
-from omni.models.thinker import Thinker
 from omni.models.vocoder import spectral_loss_sum
-from omni.speech_text import chunks, units
-from omni.tokenizer import Tokenizer
+from omni.sampling import GREEDY, Sampling
 
-Mind = tuple[Thinker, Tokenizer]
 _FIRST_AUDIO_SECONDS = 0.5  # of speech that the first piece of sound holds
 
 

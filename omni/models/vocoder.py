@@ -57,6 +57,12 @@ class Vocoder(nn.Module):
         self.register_buffer("window_N", torch.hann_window(mel.n_fft), persistent=False)
         self.register_buffer("inverse_SM", torch.linalg.pinv(front.mel.mel_scale.fb.T), persistent=False)
 
+    @property
+    def look_ahead(self) -> int:
+        """Mel frames that a frame's samples depend on beyond it, and as many before it."""
+        overlap = -(-self.mel.n_fft // (2 * self.mel.hop_length))
+        return (self.config.num_layers + 1) * (self.config.kernel // 2) + overlap
+
     def spectrum(self, frames_BFM: torch.Tensor) -> torch.Tensor:
         """Complex spectrum [B, F, bins] of log-mel frames.
 

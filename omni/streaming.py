@@ -1,0 +1,189 @@
+"""Speech that begins before its text is complete, and is the same as if the text had been there from the start.
+
+How far each part looks ahead decides how soon a sound can be made. A word is timed and written once
+``TalkerConfig.look_ahead`` more characters of its chunk are known (or the chunk has ended), and a word is known once
+the next one begins, since a dash between them would make the pause longer. A code frame is decoded once
+``CodecConfig.look_ahead`` more of them are there, and a mel frame becomes sound once ``Vocoder.look_ahead`` more are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from omni.config import UserError
+from omni.generate_codes import CodeWriter, conditions, talker_text, whole_durations
+from omni.generate_speech import Mind, gap
+from omni.models.speech import SpeechModel
+from omni.sampling import GREEDY, Sampling
+from omni.speech_text import SpokenWord, ends_chunk, nothing_to_speak, spoken_words, units
+from omni.thinker_states import StateReader
+
+_FRAMES_A_PIECE = 4  # code frames written before the next piece of sound is made: 0.12 s
+
+
+@torch.no_grad()
+def stream_speech(
+    model: SpeechModel,
+    pieces: Iterable[str],
+    speaker_E: torch.Tensor,
+    mind: Mind | None = None,
+    sampling: Sampling = GREEDY,
+    speed: float = 1.0,
+) -> Iterator[torch.Tensor]:
+    """Yield the samples of a text, piece by piece, while the text itself still arrives.
+
+    All pieces together are what :func:`omni.generate_speech.speak` makes of the whole text.
+
+    Args:
+        model: with the trained vocoder; Griffin-Lim works on whole utterances.
+        pieces: the text, cut anywhere.
+        speaker_E: of the voice.
+        mind: Thinker and tokenizer, where the Talker shall get states.
+        sampling: how codes are drawn.
+        speed: 2.0 halves every duration.
+
+    Raises:
+        UserError: when the vocoder is Griffin-Lim, or the text ends without anything that can be spoken.
+    """
+    if model.config.vocoder_kind != "istft":
+        raise UserError("model.vocoder_kind: found griffin_lim, which cannot stream, expected istft")
+    reader, text, number = _WordReader(model, mind), "", 0
+    chunk: _Chunk | None = None
+    for piece in itertools.chain(pieces, [None]):
+        text += piece or ""
+        for word, states_2D in reader.words(text, ended=piece is None):
+            if chunk is None:
+                chunk = _Chunk(model, speaker_E, reader.before, sampling, speed, number)
+                number += 1
+                if number > 1:
+                    yield speaker_E.new_zeros(gap(model) * model.config.mel.hop_length)
+            chunk.add(word, states_2D)
+            ended = ends_chunk(chunk.num_words, word.pause)
+            yield from chunk.sound(ended)
+            chunk = None if ended else chunk
+    if chunk is not None:
+        yield from chunk.sound(ended=True)
+    if number == 0:
+        raise nothing_to_speak(text)
+
+
+class _WordReader:
+    """The words of a growing text, each once, with the Thinker's states for it and for the pause after it."""
+
+    def __init__(self, model: SpeechModel, mind: Mind | None) -> None:
+        with_states = mind is not None and model.config.talker.state_dim > 0
+        self._states = StateReader(*mind, model.config.thinker_layer) if mind is not None and with_states else None
+        self._num_given = 0
+        self.before: torch.Tensor | None = None  # state [D] for a pause before the word given last
+
+    def words(self, text: str, ended: bool) -> Iterator[tuple[SpokenWord, torch.Tensor | None]]:
+        """Yield the words that nothing can change any more, with states [2, D]."""
+        if not ended:  # the last token may go on
+            text = text[: max((i for i, c in enumerate(text) if c.isspace()), default=0)]
+        words = spoken_words(text)
+        if not ended and words:  # a mark that stands alone may follow the last word
+            words = [word for word in words if word.end < words[-1].end]
+        new = words[self._num_given :]
+        if not new:
+            return
+        states_UD = self._states.read(text[: words[-1].end], words) if self._states else None
+        for number, word in enumerate(new, self._num_given):
+            self._num_given = number + 1
+            if states_UD is not None:
+                self.before = states_UD[2 * number]
+            yield word, states_UD[2 * number + 1 : 2 * number + 3] if states_UD is not None else None
+
+
+class _Chunk:
+    """One chunk of a text: its units so far, the frames written so far, and what has become sound."""
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        speaker_E: torch.Tensor,
+        state_D: torch.Tensor | None,
+        sampling: Sampling,
+        speed: float,
+        number: int,
+    ) -> None:
+        self.model, self.speed, self.num_words = model, speed, 0
+        self._speaker_1E = speaker_E[None]
+        self._units = units([])
+        self._states = [] if state_D is None else [state_D]
+        self._writer = CodeWriter(model.talker, model.codec.quantizer.codebooks_KVD, sampling, [number])
+        codec, vocoder = model.codec, model.vocoder
+        self._vectors: list[torch.Tensor] = []  # written, and not yet handed on
+        self._decoder = WindowedStream(codec.render, codec.config.look_ahead, codec.config.reduction)
+        self._vocoder = WindowedStream(model.waveforms, vocoder.look_ahead, model.config.mel.hop_length)
+
+    def add(self, word: SpokenWord, states_2D: torch.Tensor | None) -> None:
+        """Append a word and the pause after it."""
+        self._units += [word.letters, word.pause]
+        self._states += [] if states_2D is None else list(states_2D)
+        self.num_words += 1
+
+    def sound(self, ended: bool) -> Iterator[torch.Tensor]:
+        """Yield the samples that can be made by now."""
+        condition_TD, end = self._conditions(ended)
+        for t in range(self._writer.num_frames, len(condition_TD)):
+            _, vectors_1D, stops = self._writer.write(condition_TD[t : t + 1])
+            self._vectors.append(vectors_1D)
+            stopped = ended and t >= end and bool(stops)
+            if stopped or len(self._vectors) >= _FRAMES_A_PIECE:
+                yield from self._hand_on(ended and (stopped or t + 1 == len(condition_TD)))
+            if stopped:
+                return
+        if ended and self._vectors:
+            yield from self._hand_on(last=True)
+
+    def _conditions(self, ended: bool) -> tuple[torch.Tensor, int]:
+        """What every frame [T, D] is to be that can be written by now, and where the last pause begins."""
+        talker, sizes = self.model.talker, [len(unit) for unit in self._units]
+        text = talker_text(talker, [self._units], self._speaker_1E, [torch.stack(self._states)] if self._states else None)
+        encoded_1CD = talker.encode_text(text)
+        after = [sum(sizes[number + 1 :]) for number in range(len(sizes))]  # characters known beyond each unit
+        ready = len(sizes) if ended else sum(count >= talker.config.look_ahead for count in after)
+        if ready == 0:
+            return encoded_1CD[0, :0], 0
+        durations_U = whole_durations(talker, encoded_1CD, text, [len(sizes)], self.speed)[0][:ready]
+        condition_1TD, _ = conditions(talker, encoded_1CD, text, [self._units[:ready]], [durations_U])
+        return condition_1TD[0], int(durations_U[:-1].sum())
+
+    def _hand_on(self, last: bool) -> Iterator[torch.Tensor]:
+        vectors_TD, self._vectors = torch.cat(self._vectors), []
+        frames_FM = self._decoder.push(vectors_TD, last)
+        if len(frames_FM) or last:
+            wave_S = self._vocoder.push(frames_FM, last)
+            if len(wave_S):
+                yield wave_S
+
+
+class WindowedStream:
+    """A convolutional network applied to a sequence that arrives in pieces: the outputs are those of the whole.
+
+    Args:
+        function: [1, T, ...] to [1, T * ratio, ...].
+        context: positions on either side that an output depends on.
+        ratio: outputs a position.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], context: int, ratio: int) -> None:
+        self.function, self.context, self.ratio = function, context, ratio
+        self._kept: torch.Tensor | None = None  # the inputs that are still needed
+        self._first = self._done = 0  # position of the first one kept, and of the next output
+
+    def push(self, x: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """The outputs that are certain once ``x`` [T, ...] has arrived; all of them with the last piece."""
+        self._kept = x if self._kept is None else torch.cat([self._kept, x])
+        end = self._first + len(self._kept)
+        ready = end if last else max(self._done, end - self.context)
+        if ready == self._done:
+            return self.function(self._kept[None, :1])[0, :0]
+        start, stop = ((position - self._first) * self.ratio for position in (self._done, ready))
+        result = self.function(self._kept[None])[0, start:stop]
+        first = max(0, ready - self.context)
+        self._kept, self._first, self._done = self._kept[first - self._first :], first, ready
+        return result
