@@ -27,7 +27,7 @@ from omni.data.parts import read_parts
 from omni.data.speech import scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import CropBatch, Crops, Sentences, VoiceBatch, VoiceCrops, Voices
-from omni.evaluate.talker import validate_codec, validate_vocoder
+from omni.evaluate.speech_validation import validate_codec, validate_vocoder
 from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.speaker import speaker_loss_sum
@@ -82,16 +82,17 @@ def codec_loss(model: SpeechModel, batch: CropBatch) -> dict[str, torch.Tensor]:
 
 
 def vocoder_loss(model: SpeechModel, batch: VoiceBatch) -> dict[str, torch.Tensor]:
-    """Spectral loss of the waveform, half of the frames decoded from codes; contrastive loss of the speakers."""
+    """Spectral loss of the waveform, half of the frames decoded from codes; contrastive losses of the speakers."""
     half = len(batch.frames_BFM) // 2
     with torch.no_grad():
         decoded = model.codec(batch.frames_BFM[:half]).frames_BFM.float()
     wave_BS = model.vocoder(torch.cat([decoded, batch.frames_BFM[half:]]))
-    pair = model.speaker(batch.first_BFM), model.speaker(batch.second_BFM)
-    return {
-        "spectrum": spectral_loss_sum(wave_BS, batch.wave_BS),
-        "speakers": speaker_loss_sum(model.speaker, *pair, batch.speaker_B),
-    }
+    speakers = [
+        speaker_loss_sum(encoder, encoder(batch.first_BFM), encoder(batch.second_BFM), batch.speaker_B)
+        for encoder in (model.speaker, model.grader)
+    ]
+    spectrum = spectral_loss_sum(wave_BS, batch.wave_BS)
+    return {"spectrum": spectrum, "speakers": speakers[0], "grader": speakers[1]}
 
 
 def load_encoder(config: SpeechStageConfig, precision: Precision) -> AudioEncoder:
@@ -147,8 +148,9 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         ]
         stream = batches(samples[0], config.vocoder)
         return Stage(
-            [model.vocoder, model.speaker], stream, vocoder_loss, evaluation(validate_vocoder, samples[1]),
-            config.vocoder, {"spectrum": 1.0, "speakers": 0.5}, "crops",
+            [model.vocoder, model.speaker, model.grader], stream, vocoder_loss,
+            evaluation(validate_vocoder, samples[1]), config.vocoder,
+            {"spectrum": 1.0, "speakers": 0.5, "grader": 0.5}, "crops",
         )  # fmt: skip
 
     def talker() -> Stage:

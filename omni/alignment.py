@@ -43,7 +43,7 @@ def _align(encoder: AudioEncoder, voices: Voices, batch_size: int = 32) -> list[
     characters, device = Characters(), encoder.head.weight.device
     for first in range(0, len(order), batch_size):
         picked = order[first : first + batch_size]
-        frames_BFM, sizes_B = pad_frames([voices.frames(index) for index in picked])
+        frames_BFM, sizes_B = pad_frames([voices.frames_as(encoder.config.mel, index) for index in picked])
         output = encoder(frames_BFM.to(device), sizes_B.to(device))
         log_probs_BSV = output.log_probs_BSV.cpu()
         for row, (index, steps) in enumerate(zip(picked, output.num_steps_B.tolist(), strict=True)):
@@ -78,7 +78,7 @@ def sentences(
             continue
         first, durations = timing
         states_UD = states[index] if states else None
-        codes_TK = codes[index][first : first + sum(durations)]
+        codes_TK = codes[index][first : first + sum(durations), : model.talker.num_codebooks]
         result.append(Aligned(index, units(words[index]), durations, codes_TK, states_UD))
     if len(result) < len(voices):
         log.warning(

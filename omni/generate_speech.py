@@ -56,15 +56,21 @@ def render(model: SpeechModel, written: Sequence[Written], batch_size: int = 16)
 
 
 @torch.no_grad()
-def embed_speakers(model: SpeechModel, references: Sequence[torch.Tensor], batch_size: int = 32) -> torch.Tensor:
-    """Speaker embeddings [B, E] of recordings, given as log-mel frames [F, M]."""
+def embed_speakers(
+    model: SpeechModel, references: Sequence[torch.Tensor], grade: bool = False, batch_size: int = 32
+) -> torch.Tensor:
+    """Speaker embeddings [B, E] of recordings, given as log-mel frames [F, M].
+
+    ``grade``: by the speaker encoder that only grades; what it says must not condition the Talker.
+    """
+    encoder = model.grader if grade else model.speaker
     order = sorted(range(len(references)), key=lambda index: len(references[index]))
     result = torch.zeros(len(references), model.config.speaker.embedding_dim, device=model.device)
     for first in range(0, len(order), batch_size):
         picked = order[first : first + batch_size]
         sizes_B = torch.tensor([len(references[index]) for index in picked], device=model.device)
         padded = torch.nn.utils.rnn.pad_sequence([references[index] for index in picked], batch_first=True)
-        result[picked] = model.speaker(padded.to(model.device), sizes_B).float()
+        result[picked] = encoder(padded.to(model.device), sizes_B).float()
     return result
 
 
@@ -94,7 +100,7 @@ def speak(
     flat = [(owner, number, piece) for owner, parts in enumerate(pieces) for number, piece in enumerate(parts)]
     owners = torch.tensor([owner for owner, _, _ in flat], device=speaker_BE.device)
     written = generate_codes(
-        model.talker, model.codec.quantizer.codebooks_KVD, [units(piece) for *_, piece in flat], speaker_BE[owners],
+        model.talker, model.codebooks, [units(piece) for *_, piece in flat], speaker_BE[owners],
         states or None, sampling, speed, [number for _, number, _ in flat],
     )  # fmt: skip
     spoken: list[list[Spoken]] = [[] for _ in texts]

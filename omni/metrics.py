@@ -26,6 +26,21 @@ class Figure:
         return {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class ListFigure:
+    """A figure with one value a codebook; see :class:`Figure`."""
+
+    value: list[float]
+    n: int
+    low: list[float]
+    high: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figure as ``omni eval --json`` writes it."""
+        rounded = {key: [round(x, 6) for x in getattr(self, key)] for key in ("value", "low", "high")}
+        return {"value": rounded["value"], "n": self.n, "low": rounded["low"], "high": rounded["high"]}
+
+
 def ratio(parts: Sequence[float], wholes: Sequence[float] | None = None, draws: int = 1000) -> Figure:
     """``sum(parts) / sum(wholes)`` (the mean without ``wholes``), resampling cases for the interval."""
     over = np.asarray(parts, dtype=np.float64)

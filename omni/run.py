@@ -22,7 +22,7 @@ from omni.atomic import write_whole
 from omni.config import UserError
 from omni.exchange import Exchange
 from omni.report import Figures, results_table, write_report
-from omni.stages import STAGES, StageInfo, read_raw_config
+from omni.stages import JUDGE, STAGES, StageInfo, read_raw_config
 from omni.summary import DamagedCheckpointError, fingerprint, read_summary
 
 _ROOT = Path(__file__).parent.parent  # the stage scripts stand beside the package
@@ -126,6 +126,10 @@ def plan(size: str, folder: RunFolder) -> list[Step]:
         title = f"stage {stage.letter}, {stage.title}"
         complete = _stage_check(stage, size, values)
         steps.append(Step(stage.kind, title, complete, _hash_of(stage, size), command))
+    if JUDGE.config_path(size).exists():
+        command = [sys.executable, str(_script(JUDGE)), "--config", str(JUDGE.config_path(size))]
+        complete = _stage_check(JUDGE, size, read_raw_config(JUDGE.config_path(size)))
+        steps.append(Step("judge", f"judge: {JUDGE.title}", complete, _hash_of(JUDGE, size), command))
     steps.append(
         Step("evaluation", "evaluation on held-out data",
              lambda: folder.done_with("evaluation", _hashes(size), "eval.json"), lambda: _hashes(size),
@@ -198,6 +202,8 @@ def _hash_of(stage: StageInfo, size: str) -> Callable[[], dict[str, str]]:
 
 def _hashes(size: str) -> dict[str, str]:
     paths = {stage.kind: stage.checkpoint(size) for stage in STAGES}
+    if JUDGE.config_path(size).exists():
+        paths["judge"] = JUDGE.checkpoint(size)
     return {kind: fingerprint(path) for kind, path in paths.items() if path.exists()}
 
 

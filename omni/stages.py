@@ -71,6 +71,10 @@ STAGES = (
     ),
 )  # fmt: skip
 
+# Grades speech output beside stage B: another architecture and another seed, recordings and voices of its own. Sizes
+# without a configuration for it do without.
+JUDGE = StageInfo("J", "train_audio_enc.py", "judge", "audio_enc", (), (), "a second recognizer that only grades")
+
 
 def read_raw_config(path: Path) -> dict[str, Any]:
     """A configuration file as plain values; the stage script checks them.

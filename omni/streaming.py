@@ -113,7 +113,7 @@ class _Chunk:
         self._speaker_1E = speaker_E[None]
         self._units = units([])
         self._states = [] if state_D is None else [state_D]
-        self._writer = CodeWriter(model.talker, model.codec.quantizer.codebooks_KVD, sampling, [number])
+        self._writer = CodeWriter(model.talker, model.codebooks, sampling, [number])
         codec, vocoder = model.codec, model.vocoder
         self._vectors: list[torch.Tensor] = []  # written, and not yet handed on
         self._decoder = WindowedStream(codec.render, codec.config.look_ahead, codec.config.reduction)
@@ -142,7 +142,9 @@ class _Chunk:
     def _conditions(self, ended: bool) -> tuple[torch.Tensor, int]:
         """What every frame [T, D] is to be that can be written by now, and where the last pause begins."""
         talker, sizes = self.model.talker, [len(unit) for unit in self._units]
-        text = talker_text(talker, [self._units], self._speaker_1E, [torch.stack(self._states)] if self._states else None)
+        text = talker_text(
+            talker, [self._units], self._speaker_1E, [torch.stack(self._states)] if self._states else None
+        )
         encoded_1CD = talker.encode_text(text)
         after = [sum(sizes[number + 1 :]) for number in range(len(sizes))]  # characters known beyond each unit
         ready = len(sizes) if ended else sum(count >= talker.config.look_ahead for count in after)

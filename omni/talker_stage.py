@@ -12,17 +12,20 @@ from omni.alignment import align, codes_and_embeddings, mean_embeddings, sentenc
 from omni.config import PhaseConfig, RunConfig
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import SentenceBatch, Sentences, Voices
-from omni.evaluate.talker import grade_samples, validate_talker
+from omni.evaluate.speech_validation import grade_samples, validate_talker
 from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder
+from omni.models.quantizer import neighbour_shares
 from omni.models.speech import SpeechModel
 from omni.models.talker import talker_losses
 from omni.training_utils import Stage
 
 
-def talker_loss(speech: SpeechModel, batch: SentenceBatch) -> dict[str, torch.Tensor]:
+def talker_loss(
+    speech: SpeechModel, batch: SentenceBatch, shares_KVV: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Cross-entropy of the codes and of the stop, error of the durations."""
-    losses = talker_losses(speech.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU)
+    losses = talker_losses(speech.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU, shares_KVV)
     return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
 
 
@@ -58,8 +61,11 @@ def talker_stage(
     if tuple(voices[0].names) == speech.config.voices:
         speech.voices_NE.copy_(mean_embeddings(voices[0], parts[0].embeddings_NE))
 
+    blur = speech.config.talker.target_blur
+    shares_KVV = neighbour_shares(speech.codebooks, blur) if blur else None
+
     def loss(model: Any, batch: SentenceBatch) -> dict[str, torch.Tensor]:
-        return talker_loss(speech, batch)
+        return talker_loss(speech, batch, shares_KVV)
 
     def evaluate(model: Any) -> dict[str, float]:
         batches = (batch.to(speech.device) for batch in ordered_batches(parts[1], 16, run.val_batches))

@@ -61,7 +61,9 @@ def word_states(
     tokens = [tokenizer.encode(plain_text(text)) for text, _ in texts]
     # what is longer than the Thinker's context is read in windows
     length = thinker.config.ctx_len
-    windows = [(number, row[at : at + length]) for number, row in enumerate(tokens) for at in range(0, len(row), length)]
+    windows = [
+        (number, row[at : at + length]) for number, row in enumerate(tokens) for at in range(0, len(row), length)
+    ]
     order = sorted(range(len(windows)), key=lambda index: len(windows[index][1]))
     device, read = thinker.embed_tokens.weight.device, [torch.empty(0)] * len(windows)
     for first in range(0, len(order), batch_size):

@@ -295,7 +295,7 @@ def lexicon() -> tuple[str, ...]:
 
 @cache
 def letter_followers() -> dict[str, str]:
-    """Return for every two letters of the lexicon those that come after them, as often as they do; a dot ends a word."""
+    """Return for every two letters of the lexicon those that come next, as often as they do; a dot ends a word."""
     found: dict[str, str] = {}
     for word in lexicon():
         letters = f"  {word}."

@@ -335,7 +335,7 @@ def _sentence(world: World, rng: random.Random, kind: str, split: str, long: boo
 
 
 def unheard_sentence(world: World, rng: random.Random, words: Iterator[str], length: int) -> str:
-    """Name words that were never heard, in a frame that was: `length` 0, 1 or 2 for about 5, 6 to 15 or 16 to 25 words."""
+    """Name words that were never heard, in frames that were: `length` 0, 1, 2 for about 5, 10 or 20 words."""
     return _named(rng, (1, 2, 4)[length], words.__next__)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from omni.audio import SILENCE, MelConfig, load_audio
+from omni.audio import SILENCE, MelConfig, load_audio, log_mel
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, Row
 from omni.data.speech import Recordings
@@ -51,6 +51,12 @@ class Voices:
     def frames(self, index: int) -> torch.Tensor:
         """Log-mel frames [F, M]."""
         return self.recordings.frames(index)
+
+    def frames_as(self, mel: MelConfig, index: int) -> torch.Tensor:
+        """Log-mel frames [F, M] of another front end, such as that of a recognizer with another sampling rate."""
+        if mel == self.mel:
+            return self.frames(index)
+        return log_mel(mel)(load_audio(self.paths[index], mel.sample_rate))
 
     def of(self, speaker: str) -> list[int]:
         """The recordings of a speaker."""
@@ -159,7 +165,7 @@ class VoiceCrops:
     def collate(self, samples: list[Any]) -> VoiceBatch:
         """Stack crops."""
         frames, wave, first, second, speaker = (torch.stack(parts) for parts in zip(*samples, strict=True))
-        counts = dict.fromkeys(("crops", "spectrum", "speakers"), len(frames))
+        counts = dict.fromkeys(("crops", "spectrum", "speakers", "grader"), len(frames))
         return VoiceBatch(counts, frames, wave, first, second, speaker)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from omni.audio import log_mel, resample, standard_level
 from omni.data.speech import Recordings, pad_frames
+from omni.data.voices import Voices
 from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.tokenizer import Characters, needed_steps, spoken_text
@@ -42,6 +44,19 @@ def transcribe(encoder: AudioEncoder, frames: Sequence[torch.Tensor], batch_size
         for index, text in zip(indices, transcripts(output), strict=True):
             texts[index] = text
     return texts
+
+
+def hear(encoder: AudioEncoder, waves: Sequence[torch.Tensor], sample_rate: int) -> list[str]:
+    """What an encoder understands of waveforms [S] of any rate and level."""
+    mel = encoder.config.mel
+    levelled = (standard_level(resample(wave.cpu(), sample_rate, mel.sample_rate)) for wave in waves)
+    return transcribe(encoder, [log_mel(mel)(wave) for wave in levelled])
+
+
+def hear_recordings(encoder: AudioEncoder, voices: Voices, limit: int | None = None) -> list[str]:
+    """What an encoder understands of recordings, whatever front end they were read with."""
+    count = len(voices) if limit is None else min(limit, len(voices))
+    return transcribe(encoder, [voices.frames_as(encoder.config.mel, index) for index in range(count)])
 
 
 def recognize(encoder: AudioEncoder, recordings: Recordings) -> Recognition:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from omni.data.dialogue import Chat, ChatEncoder, Message, Part
-from omni.evaluate.talker import hear
+from omni.evaluate.audio_enc import hear
 from omni.features import FeatureStore
 from omni.generate import answer
 from omni.generate_speech import speak
@@ -112,7 +112,8 @@ def spoken_accuracy(examiner: Examiner, answered: Answers) -> Figure:
     """Share of answers that, spoken and recognized again by the model's own audio encoder, are the right ones."""
     model = examiner.model
     waves = say(model, examiner.tokenizer, answered.answers)
-    return accuracy([chat.answer for chat in answered.chats], hear(model.audio_encoder, waves))
+    heard = hear(model.audio_encoder, waves, model.speech.config.mel.sample_rate)
+    return accuracy([chat.answer for chat in answered.chats], heard)
 
 
 @dataclass

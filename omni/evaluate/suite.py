@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from omni.config import DataConfig, RunConfig, UserError, data_rules
 from omni.console import log
-from omni.stages import STAGES, StageInfo
+from omni.stages import JUDGE, STAGES, StageInfo
 from omni.summary import read_summary
 
 if TYPE_CHECKING:
+    from omni.models.audio_encoder import AudioEncoder
     from omni.models.thinker import Thinker
     from omni.tokenizer import Tokenizer
 
@@ -197,7 +198,7 @@ def _vision(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
 
 
 def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
-    from omni.evaluate.talker import codec_figures
+    from omni.evaluate.codec import codec_figures
     from omni.load import load_audio_encoder, load_speech
 
     test = case.test_set("talker", case.own.tts, "--tts")
@@ -206,15 +207,24 @@ def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
 
 
 def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
-    from omni.evaluate.talker import talker_figures
+    from omni.evaluate.talker import Graders, TestSets, talker_figures
     from omni.load import load_audio_encoder, load_speech, load_thinker
 
     model, data = load_speech(inputs["talker"]), case.data("talker")
     test = case.test_set("talker", case.own.tts, "--tts")
     words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
     mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
-    encoder = load_audio_encoder(inputs["audio_enc"])
-    return talker_figures(model, encoder, test, words, voices, mind, case.limit, case.rules("talker"))
+    graders = Graders(load_audio_encoder(inputs["audio_enc"]), _judge(case.size))
+    return talker_figures(model, graders, TestSets(test, words, voices, case.limit, case.rules("talker")), mind)
+
+
+def _judge(size: str) -> AudioEncoder | None:
+    """The judge of a size, where it has one and it is trained."""
+    from omni.load import load_audio_encoder
+
+    if not JUDGE.config_path(size).exists() or not JUDGE.checkpoint(size).exists():
+        return None
+    return load_audio_encoder(JUDGE.checkpoint(size))
 
 
 def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from omni.config import Problem
 from omni.models.ctc import ctc_sum
 from omni.models.layers import (
     Block,
+    ConvLayer,
     RMSNorm,
     RotaryPositions,
     TimeConv,
@@ -42,6 +44,7 @@ class AudioEncoderConfig:
     reduction: int = 4  # mel frames a state: 100 Hz / 4 = 25 Hz
     steps_per_state: int = 2  # CTC steps a state: 50 Hz
     dropout: float = 0.1
+    mixing: Literal["attention", "convolution"] = "attention"  # how states hear of each other
     mel: MelConfig = field(default_factory=MelConfig)
 
     def num_steps(self, num_frames: int) -> int:
@@ -91,23 +94,13 @@ class AudioEncoder(nn.Module):
             convolutions.append(TimeConv(width, config.dim, kernel_size=5, stride=2, padding=2))
             width = config.dim
         self.convolutions = nn.ModuleList(convolutions or [TimeConv(width, config.dim, 5, padding=2)])
-        self.blocks = nn.ModuleList(
-            Block(
-                config.dim,
-                config.num_heads,
-                config.hidden_dim,
-                layer,
-                causal=False,
-                conv_kernel=config.conv_kernel,
-                dropout=config.dropout,
-            )
-            for layer in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(_block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
         self.rotary = RotaryPositions(config.dim // config.num_heads)
         self.head = nn.Linear(config.dim, config.steps_per_state * Characters.size)
         init_weights(self)
-        scale_residual_outputs(self.blocks)
+        if config.mixing == "attention":
+            scale_residual_outputs(self.blocks)
 
     def num_states(self, num_frames_B: torch.Tensor) -> torch.Tensor:
         """States for a number of mel frames."""
@@ -139,12 +132,22 @@ class AudioEncoder(nn.Module):
         rotary = self.rotary(torch.arange(x.shape[1], device=x.device)[None])
         mask = None if bool(valid_BT.all()) else valid_BT[:, None, None, :]
         for block in self.blocks:
-            x = block(x, rotary, mask, valid_BT=valid_BT)
+            x = block(x, valid_BT) if isinstance(block, ConvLayer) else block(x, rotary, mask, valid_BT=valid_BT)
         states_BTD = self.norm(x)
         logits = self.head(states_BTD).unflatten(-1, (self.config.steps_per_state, -1)).flatten(1, 2)
         check_finite(logits, "the audio encoder's logits")
         log_probs = logits.float().log_softmax(dim=-1)
         return AudioOutput(states_BTD, num_states_B, log_probs, num_states_B * self.config.steps_per_state)
+
+
+def _block(config: AudioEncoderConfig, layer: int) -> nn.Module:
+    """Attention and a depthwise convolution, or depthwise convolutions alone (QuartzNet, Kriman et al., 2020)."""
+    if config.mixing == "convolution":
+        return ConvLayer(config.dim, config.conv_kernel, config.hidden_dim, config.dropout)
+    return Block(
+        config.dim, config.num_heads, config.hidden_dim, layer, causal=False, conv_kernel=config.conv_kernel,
+        dropout=config.dropout,
+    )  # fmt: skip
 
 
 def ctc_loss_sum(output: AudioOutput, symbols_BS: torch.Tensor, num_symbols_B: torch.Tensor) -> torch.Tensor:

@@ -260,8 +260,9 @@ class ConvModule(nn.Module):
 class ConvLayer(nn.Module):
     """Residual layer in the shape of ConvNeXt (Liu et al., 2022): mix in time, then in width."""
 
-    def __init__(self, dim: int, kernel: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, kernel: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.depthwise = TimeConv(dim, dim, kernel, padding=kernel // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.up_proj = nn.Linear(dim, hidden_dim)
@@ -271,7 +272,8 @@ class ConvLayer(nn.Module):
         """Same shape; what is not valid is read as zeros, as at the ends."""
         if valid_BT is not None:
             x_BTD = x_BTD * valid_BT[:, :, None].to(x_BTD.dtype)
-        return x_BTD + self.down_proj(F.gelu(self.up_proj(self.norm(self.depthwise(x_BTD)))))
+        update_BTD = self.down_proj(F.gelu(self.up_proj(self.norm(self.depthwise(x_BTD)))))
+        return x_BTD + dropout(update_BTD, self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -204,6 +204,20 @@ def kmeans(vectors_ND: torch.Tensor, num_centres: int, rounds: int = 10) -> tupl
     return centres_VD, count_V
 
 
+@torch.no_grad()
+def neighbour_shares(codebooks_KVD: torch.Tensor, blur: float) -> torch.Tensor:
+    """For every code the share [K, V, V] of each code of its book in a blurred target: a softmax over distances.
+
+    A model that is told that a frame's neighbours in sound are nearly as right learns from each frame about many codes.
+    ``blur`` is in units of the (squared, median) distance from a code to the nearest other one.
+    """
+    size = codebooks_KVD.shape[1]
+    distances_KVV = torch.cdist(codebooks_KVD, codebooks_KVD).square()
+    others_KVV = distances_KVV + torch.eye(size, device=codebooks_KVD.device) * distances_KVV.max().clamp(min=1)
+    nearest_K = others_KVV.amin(-1).median(-1).values.clamp(min=1e-9)
+    return (-distances_KVV / (blur * nearest_K[:, None, None])).softmax(-1)
+
+
 def code_usage(codes_NK: torch.Tensor, codebook_size: int) -> tuple[list[float], list[float]]:
     """Share of each codebook's codes that occur, and the perplexity of their distribution (at most the size)."""
     usage, perplexity = [], []

@@ -37,10 +37,14 @@ class SpeechConfig:
         for key, found in (("codec.num_mels", self.codec.num_mels), ("speaker.num_mels", self.speaker.num_mels)):
             if found != self.mel.num_mels:
                 yield Problem(key, str(found), f"mel.num_mels ({self.mel.num_mels})")
+        most = self.codec.quantizer.num_codebooks
+        if not 0 <= self.talker.num_codebooks <= most:
+            expected = f"at most codec.quantizer.num_codebooks ({most}); 0: all"
+            yield Problem("talker.num_codebooks", str(self.talker.num_codebooks), expected)
 
 
 class SpeechModel(nn.Module):
-    """Codec, vocoder, speaker encoder and Talker. ``voices_NE`` holds the mean embedding of each training speaker."""
+    """Codec, vocoder, speaker encoders and Talker. ``voices_NE`` holds the mean embedding of each training speaker."""
 
     voices_NE: torch.Tensor
 
@@ -50,10 +54,11 @@ class SpeechModel(nn.Module):
         self.codec = Codec(config.codec)
         self.vocoder = Vocoder(config.vocoder, config.mel)
         self.speaker = SpeakerEncoder(config.speaker)
+        # from other random weights: it conditions nothing, and says whether speech sounds like its speaker
+        self.grader = SpeakerEncoder(config.speaker)
         quantizer = config.codec.quantizer
-        self.talker = Talker(
-            config.talker, quantizer.num_codebooks, quantizer.codebook_size, config.speaker.embedding_dim
-        )
+        num_codebooks = config.talker.num_codebooks or quantizer.num_codebooks
+        self.talker = Talker(config.talker, num_codebooks, quantizer.codebook_size, config.speaker.embedding_dim)
         self.register_buffer("voices_NE", torch.zeros(len(config.voices), config.speaker.embedding_dim))
 
     @property
@@ -65,6 +70,16 @@ class SpeechModel(nn.Module):
     def code_rate(self) -> float:
         """Code frames a second."""
         return self.config.mel.frame_rate / self.config.codec.reduction
+
+    @property
+    def codebooks(self) -> torch.Tensor:
+        """The codebooks [K, V, D] that the Talker writes in."""
+        return self.codec.quantizer.codebooks_KVD[: self.talker.num_codebooks]
+
+    @property
+    def bits_per_second(self) -> float:
+        """What the codec's codes carry at most."""
+        return self.config.codec.quantizer.bits_per_frame * self.code_rate
 
     def voice(self, name: str) -> torch.Tensor:
         """The embedding [E] of a voice of the training data.

@@ -45,6 +45,8 @@ class TalkerConfig:
     dropout: float = 0.1
     corrupt_previous: float = 0.15  # share of previous codes replaced at random in training
     drop_states: float = 0.4  # share of samples trained without the Thinker's states
+    num_codebooks: int = 0  # of the codec's that the Talker writes; 0: all
+    target_blur: float = 0.5  # how far a code's share in the targets reaches to codes that sound like it; 0: not at all
     state_dim: int = 0  # of the Thinker's states; 0: none
 
     def problems(self) -> Iterator[Problem]:
@@ -56,6 +58,8 @@ class TalkerConfig:
         for key in ("corrupt_previous", "drop_states"):
             if not 0 <= getattr(self, key) <= 1:
                 yield Problem(key, str(getattr(self, key)), "a share from 0 to 1")
+        if self.target_blur < 0:
+            yield Problem("target_blur", str(self.target_blur), "0 or more")
         if self.window < 1:
             yield Problem("window", str(self.window), "at least 1")
 
@@ -221,9 +225,24 @@ class TalkerLosses:
 
 
 def talker_losses(
-    talker: Talker, text: TalkerText, plan: FramePlan, codes_BTK: torch.Tensor, durations_BU: torch.Tensor
+    talker: Talker,
+    text: TalkerText,
+    plan: FramePlan,
+    codes_BTK: torch.Tensor,
+    durations_BU: torch.Tensor,
+    shares_KVV: torch.Tensor | None = None,
 ) -> TalkerLosses:
-    """The Talker's losses on true codes and durations; -1 in ``durations_BU`` is padding."""
+    """The Talker's losses on true codes and durations; -1 in ``durations_BU`` is padding.
+
+    Args:
+        talker: the Talker.
+        text: what is spoken.
+        plan: when.
+        codes_BTK: the recordings' codes.
+        durations_BU: code frames of each unit.
+        shares_KVV: the targets' distribution for each code (:func:`omni.models.quantizer.neighbour_shares`); None: the
+            code alone.
+    """
     encoded_BCD = talker.encode_text(text)
     known = durations_BU >= 0
     predicted = talker.durations(encoded_BCD, text, durations_BU.shape[1])
@@ -232,7 +251,12 @@ def talker_losses(
     output = talker(encoded_BCD, text, plan, codes_BTK)
     valid_BT = padding_mask(plan.num_frames_B, codes_BTK.shape[1])
     logits, targets = output.logits_BTKV[valid_BT].float(), codes_BTK[valid_BT]
-    codes = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / talker.num_codebooks
+    if shares_KVV is None:
+        codes = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / talker.num_codebooks
+    else:
+        log_probs = logits.log_softmax(-1).unbind(1)
+        terms = [(shares_KVV[k][targets[:, k]] * found).sum() for k, found in enumerate(log_probs)]
+        codes = -torch.stack(terms).sum() / talker.num_codebooks
     positions = torch.arange(codes_BTK.shape[1], device=codes_BTK.device)
     last_BT = (positions[None] == plan.num_frames_B[:, None] - 1).float()
     # one frame in a hundred is the last: it weighs as much as ten others

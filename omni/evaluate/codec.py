@@ -1,0 +1,113 @@
+"""The codec's figures: what survives it and the vocoder, how its codes are used, how many bits they carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni.alignment import encode_recordings
+from omni.config import DataConfig
+from omni.data.manifest import RULES
+from omni.data.speech import read_speech_manifest
+from omni.data.voices import Voices
+from omni.evaluate.audio_enc import hear, hear_recordings
+from omni.metrics import Figure, ListFigure, character_error_rate, ratio
+from omni.models.audio_encoder import AudioEncoder
+from omni.models.quantizer import code_usage
+from omni.models.speech import SpeechModel
+
+
+@dataclass
+class Resynthesis:
+    """Recordings through the codec: decoded frames [F, M] of each, and all codes [N, K].
+
+    Attributes:
+        frames: decoded from all codebooks.
+        mel_l1: error of each recording [K], decoded from the first codebook alone, from the first two, and so on.
+        codes_NK: codes of all frames.
+    """
+
+    frames: list[torch.Tensor]
+    mel_l1: list[list[float]]
+    codes_NK: torch.Tensor
+
+
+@torch.no_grad()
+def resynthesize(model: SpeechModel, voices: Voices) -> Resynthesis:
+    """Encode and decode every recording."""
+    codes = encode_recordings(model, voices)
+    frames, errors = [], []
+    for index, codes_TK in enumerate(codes):
+        true, found = voices.frames(index), []
+        for count in range(1, codes_TK.shape[1] + 1):
+            decoded = model.codec.decode(codes_TK[None, :, :count].to(model.device))[0, : len(true)].cpu()
+            found.append(float((decoded - true).abs().mean()))
+        frames.append(decoded)
+        errors.append(found)
+    return Resynthesis(frames, errors, torch.cat(codes))
+
+
+def codec_figures(
+    model: SpeechModel,
+    encoder: AudioEncoder,
+    manifest: str | Path,
+    limit: int | None = None,
+    rules: DataConfig = RULES,
+) -> dict[str, Figure | ListFigure]:
+    """Reconstruction, use of the codebooks, and how well resynthesized recordings are understood.
+
+    ``cer_vocoder`` is what the vocoder alone costs (from the recordings' own frames), ``cer_resynthesis`` what
+    codec and vocoder cost together, beside ``cer_recordings``.
+    """
+    voices = Voices(read_speech_manifest(manifest, rules)[:limit], model.config.mel, rules)
+    texts = [voices.text(index) for index in range(len(voices))]
+    made = resynthesize(model, voices)
+    quantizer, rate = model.config.codec.quantizer, model.config.mel.sample_rate
+    usage, perplexity = _resampled_usage(made.codes_NK, quantizer.codebook_size)
+    carried = sum(math.log2(value) for value in perplexity.value) * model.code_rate
+    coded = [_wave(model, frames) for frames in made.frames]
+    vocoded = [_wave(model, voices.frames(index)) for index in range(len(voices))]
+    return {
+        "mel_l1": ratio([errors[-1] for errors in made.mel_l1]),
+        "mel_l1_by_codebooks": _means(made.mel_l1),
+        "usage": usage,
+        "perplexity": perplexity,
+        "bits_per_second": _exact(model.bits_per_second, len(made.codes_NK)),
+        "bits_per_second_carried": _exact(carried, len(made.codes_NK)),
+        "cer_resynthesis": character_error_rate(texts, hear(encoder, coded, rate)),
+        "cer_vocoder": character_error_rate(texts, hear(encoder, vocoded, rate)),
+        "cer_recordings": character_error_rate(texts, hear_recordings(encoder, voices)),
+    }
+
+
+def _exact(value: float, n: int) -> Figure:
+    """A value that is computed from the configuration or from all codes at once."""
+    return Figure(value, n, value, value)
+
+
+def _means(rows: Sequence[Sequence[float]]) -> ListFigure:
+    found = [ratio(column) for column in zip(*rows, strict=True)]
+    return ListFigure([f.value for f in found], len(rows), [f.low for f in found], [f.high for f in found])
+
+
+def _resampled_usage(codes_NK: torch.Tensor, size: int, draws: int = 50) -> tuple[ListFigure, ListFigure]:
+    """Usage and perplexity with intervals over resampled frames."""
+    value = code_usage(codes_NK, size)
+    rng = np.random.default_rng(0)
+    picks = [torch.from_numpy(rng.integers(0, len(codes_NK), len(codes_NK))) for _ in range(draws)]
+    drawn = np.array([code_usage(codes_NK[pick], size) for pick in picks])  # [draws, 2, K]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    n = len(codes_NK)
+    return (
+        ListFigure(value[0], n, low[0].tolist(), high[0].tolist()),
+        ListFigure(value[1], n, low[1].tolist(), high[1].tolist()),
+    )
+
+
+def _wave(model: SpeechModel, frames_FM: torch.Tensor) -> torch.Tensor:
+    return model.waveforms(frames_FM[None].to(model.device))[0]
