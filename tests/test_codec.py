@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 from omni.audio import SILENCE, MelConfig, griffin_lim, log_mel
 from omni.models.codec import Codec, CodecConfig
-from omni.models.quantizer import QuantizerConfig, ResidualQuantizer, code_usage, kmeans
+from omni.models.quantizer import QuantizerConfig, ResidualQuantizer, code_usage, kmeans, neighbour_shares
 from omni.models.speaker import SpeakerConfig, SpeakerEncoder, speaker_loss_sum
 from omni.models.vocoder import Vocoder, VocoderConfig, inverse_stft, spectral_loss_sum
 
@@ -107,6 +108,40 @@ def test_residual_codebooks_bring_the_codes_nearer() -> None:
     errors = [float((quantizer.decode(codes[..., :k]) - x).square().mean()) for k in (1, 2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     torch.testing.assert_close(quantizer.decode(codes), quantizer(x).vectors_BTD)
+
+
+@torch.no_grad()
+def test_one_model_serves_every_number_of_codebooks() -> None:
+    """Trained with quantizer dropout, the first codebooks alone decode as well as any; without it they do not."""
+    errors = {}
+    for share in (0.0, 0.7):
+        torch.manual_seed(0)
+        codec = Codec(CodecConfig(dim=24, num_layers=1, quantizer=QuantizerConfig(4, 32, 8, codebook_dropout=share)))
+        sounds = torch.randn(12, 24, 4) @ torch.randn(4, 80) / 2  # the same for both: the seed is
+        optimizer = torch.optim.AdamW(codec.train().parameters(), lr=5e-3)
+        for step in range(150):
+            with torch.enable_grad():
+                picked = torch.randint(12, (8,), generator=torch.Generator().manual_seed(step))
+                optimizer.zero_grad()
+                codec_loss(codec, sounds[picked]).backward()
+            optimizer.step()
+            codec.quantizer.update()
+        codec.eval()
+        codes = codec.encode(sounds, torch.full((12,), 24))
+        errors[share] = [float((codec.decode(codes[..., :n]) - sounds).abs().mean()) for n in (1, 2, 3, 4)]
+    assert errors[0.7] == sorted(errors[0.7], reverse=True)  # each codebook helps
+    assert errors[0.7][0] < errors[0.0][0]
+
+
+def test_shares_reach_to_codes_that_sound_alike() -> None:
+    torch.manual_seed(0)
+    codebooks = torch.tensor([[[0.0], [1.0], [2.0], [9.0]]])
+    shares = neighbour_shares(codebooks, 0.5)[0]
+    torch.testing.assert_close(shares.sum(-1), torch.ones(4))
+    assert shares[0, 0] > shares[0, 1] > shares[0, 2] > shares[0, 3]
+    # squared distance 1 to the nearest, which is the median as well: exp(-1 / 0.5) as much as the code itself
+    assert float(shares[0, 1] / shares[0, 0]) == pytest.approx(math.exp(-2), rel=1e-5)
+    torch.testing.assert_close(neighbour_shares(codebooks, 1e-3)[0], torch.eye(4))
 
 
 def test_padding_changes_no_code_and_no_frame() -> None:

@@ -176,7 +176,9 @@ def test_nothing_held_out_is_in_training(world: Path) -> None:
     for a, b in held_out["operands"]:
         for x, y in ((a, b), (b, a)):
             for first, second in ((COUNTED[x], COUNTED[y]), (str(x), str(y))):
-                assert not re.search(rf"\b{first} (plus|minus|and|away from) {second}\b", everything)
+                # "thirty" is not what is meant in "thirty six"
+                ends = rf"\b(?! ({'|'.join(COUNTED[1:10])})\b)" if second in COUNTED[20::10] else r"\b"
+                assert not re.search(rf"\b{first} (plus|minus|and|away from) {second}{ends}", everything)
     assert not set(words(everything).split()) & set(held_out["words"])
     scenes = [entry["scene"]["objects"] for split in ("train", "val") for entry in annotations(world, split)]
     for scene in scenes:

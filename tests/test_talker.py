@@ -26,7 +26,7 @@ from omni.data.voices import Aligned, SentenceBatch, Sentences, Voices
 from omni.generate_codes import generate_codes
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import CodecConfig
-from omni.models.quantizer import QuantizerConfig
+from omni.models.quantizer import QuantizerConfig, neighbour_shares
 from omni.models.speaker import SpeakerConfig
 from omni.models.speech import SpeechConfig, SpeechModel, speech_from_checkpoint
 from omni.models.talker import Talker, TalkerConfig, talker_losses
@@ -135,6 +135,17 @@ def test_gradient_reaches_every_parameter() -> None:
     (losses.codes + losses.stop + losses.durations).backward()
     for name, parameter in talker.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+
+
+@torch.no_grad()
+def test_blurred_targets_without_blur_are_the_codes_themselves() -> None:
+    talker, batch = small_talker(), batch_of(["the red cat sat.", "a dog"])
+    found = [
+        talker_losses(talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU, shares).codes
+        for shares in (None, neighbour_shares(CODEBOOKS, 1e-3), neighbour_shares(CODEBOOKS, 2.0))
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    assert abs(float(found[2] - found[0])) > 1e-3
 
 
 @torch.no_grad()

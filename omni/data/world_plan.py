@@ -48,9 +48,9 @@ class Size:
 
 
 _TEST = Size(
-    text_bytes=30_000, images=60, images_test=24, tts_train=16, tts_voices=2, tts_free=4, asr_free=12,
-    asr_grammar=4, asr_test=8, tts_test=6, image_chats=20, captions=4, speech_qa=12, image_speech_qa=6, picture_recordings=4, asr=6, text_qa=30,
-    text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
+    text_bytes=30_000, images=60, images_test=24, tts_train=16, tts_voices=2, tts_free=4, asr_free=12, asr_grammar=4,
+    asr_test=8, tts_test=8, image_chats=20, captions=4, speech_qa=12, image_speech_qa=6, picture_recordings=4, asr=6,
+    text_qa=30, text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
 )  # fmt: skip
 _NANO = Size(
     text_bytes=2_500_000, images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
