@@ -58,6 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("--seed", type=int, default=0)
     speak.set_defaults(function=_speak)
 
+    samples = commands.add_parser(
+        "samples", help="held-out sentences as recorded, coded and spoken: sounds, spectrograms"
+    )
+    samples.add_argument("--size", required=True, help="whose talker.pt: that of configs/talker_<size>.json")
+    samples.add_argument("--out", type=Path, required=True, metavar="DIR")
+    samples.add_argument("--tts", metavar="FILE", help="sentences of this CSV (wav,text,speaker) instead")
+    samples.add_argument("--count", type=int, default=3, metavar="N", help="the first N sentences (3)")
+    samples.set_defaults(function=_samples)
+
     data = commands.add_parser("data", help="write the micro-world; check manifests")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
@@ -112,6 +121,14 @@ def _speak(words: argparse.Namespace) -> int:
     sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed)
     request = Request(words.text, words.voice, words.reference, sampling, words.speed)
     print(say_to_file(words.checkpoint or talker.checkpoint(words.size), request, words.out))
+    return 0
+
+
+def _samples(words: argparse.Namespace) -> int:
+    from omni.evaluate.suite import OwnSets, show_samples
+
+    for path in show_samples(words.size, OwnSets(tts=words.tts), words.out, words.count):
+        print(path)
     return 0
 
 

@@ -25,7 +25,13 @@ Figures = dict[str, dict[str, Any]]  # by stage and name, as `omni eval --json` 
 _BESIDE = {
     "thinker.bits_per_byte": "bits_per_byte_5gram",
     "codec.cer_resynthesis": "cer_recordings",
+    "codec.cer_vocoder": "cer_recordings",
     "talker.cer": "cer_recordings",
+    "talker.cer_judge": "cer_recordings_judge",
+    "talker.cer_unseen_words": "cer_recordings_unseen_words",
+    "talker.cer_unseen_words_judge": "cer_recordings_unseen_words_judge",
+    "talker.cer_unseen_voices": "cer_recordings_unseen_voices",
+    "talker.cer_unseen_voices_judge": "cer_recordings_unseen_voices_judge",
     "omni.image_qa": "image_qa_blind",
     "omni.speech_qa": "speech_qa_deaf",
 }

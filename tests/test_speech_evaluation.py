@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from omni.audio import SILENCE, MelConfig, log_mel
 from omni.config import Problem
@@ -19,8 +20,9 @@ from omni.data.voices import Voices
 from omni.evaluate import audio_enc
 from omni.evaluate.audio_enc import hear, hear_recordings
 from omni.evaluate.codec import codec_figures
+from omni.evaluate.samples import make_samples
 from omni.evaluate.speech_errors import mel_cepstral_distortion, slips
-from omni.evaluate.talker import Graders, TestSets, talker_figures
+from omni.evaluate.talker import Graders, Sentences, talker_figures
 from omni.generate_speech import speak
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -144,7 +146,7 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     path = manifest(tmp_path, texts)
     model = speech_model(kind=kind)
     graders = Graders(recognizer(), recognizer("convolution"))
-    found = talker_figures(model, graders, TestSets(path, words=path, voices=path, limit=3))
+    found = talker_figures(model, graders, Sentences(path, words=path, voices=path, limit=3))
     rates = {f"cer{who}{part}{judge}" for who in ("", "_recordings") for judge in ("", "_judge")
              for part in ("", "_unseen_words", "_unseen_voices")}  # fmt: skip
     others = {"wer", "cer_short", "cer_medium", "cer_shuffled", "repeats", "skips", "early_stops", "late_stops",
@@ -153,7 +155,7 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     assert set(found) == rates | others
     assert found["cer"].n == 3 and found["cer_short"].n == 2 and found["cer_medium"].n == 1
     assert 0 < found["first_audio_ms"].value < 10_000 and found["rtf"].value > 0
-    alone = talker_figures(model, Graders(recognizer()), TestSets(path, limit=2))
+    alone = talker_figures(model, Graders(recognizer()), Sentences(path, limit=2))
     assert not {name for name in alone if "judge" in name or "unseen" in name}
     assert alone["cer"].value == pytest.approx(found["cer"].value, abs=1)
 
@@ -174,6 +176,20 @@ def test_figures_of_the_codec(tmp_path: Path) -> None:
 def test_the_two_speaker_encoders_are_two() -> None:
     model = speech_model()
     assert not torch.equal(model.speaker.out_proj.weight, model.grader.out_proj.weight)
+
+
+def test_samples_can_be_seen_and_heard(tmp_path: Path) -> None:
+    model = speech_model()
+    path = manifest(tmp_path, ["a red cat.", "the end.", "big dog."])
+    written = make_samples(model, recognizer(), path, tmp_path / "out", count=2)
+    assert len(written) == 2 * 5 and all(file.exists() for file in written)
+    with Image.open(tmp_path / "out/sample_1.png") as picture:
+        assert picture.size[0] > 400 and len(set(picture.convert("L").tobytes())) > 50  # something was drawn
+    recording, rate = soundfile.read(tmp_path / "out/sample_2_recording.ogg")
+    assert rate == 16000 and abs(len(recording) / rate - 0.6) < 0.02
+    for kind in ("vocoder", "codec", "talker"):
+        wave, _ = soundfile.read(tmp_path / f"out/sample_2_{kind}.ogg")
+        assert float(np.abs(wave).max()) > 0.01
 
 
 # ---- codebooks ----

@@ -207,7 +207,7 @@ def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
 
 
 def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
-    from omni.evaluate.talker import Graders, TestSets, talker_figures
+    from omni.evaluate.talker import Graders, Sentences, talker_figures
     from omni.load import load_audio_encoder, load_speech, load_thinker
 
     model, data = load_speech(inputs["talker"]), case.data("talker")
@@ -215,7 +215,26 @@ def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
     mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
     graders = Graders(load_audio_encoder(inputs["audio_enc"]), _judge(case.size))
-    return talker_figures(model, graders, TestSets(test, words, voices, case.limit, case.rules("talker")), mind)
+    return talker_figures(model, graders, Sentences(test, words, voices, case.limit, case.rules("talker")), mind)
+
+
+def show_samples(size: str, own: OwnSets, out: Path, count: int) -> list[Path]:
+    """Write sounds and spectrograms of held-out sentences (:mod:`omni.evaluate.samples`); returns the files.
+
+    Raises:
+        UserError: when a checkpoint or the test set is missing.
+    """
+    from omni.evaluate.samples import make_samples
+    from omni.load import load_audio_encoder, load_speech, load_thinker
+    from omni.runtime import setup_compute
+
+    setup_compute(RunConfig(device="cpu"))
+    case = _Case(size, own, count)
+    inputs = case.inputs("talker", _stage("talker"))
+    model = load_speech(inputs["talker"])
+    mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
+    test, encoder = case.test_set("talker", own.tts, "--tts"), load_audio_encoder(inputs["audio_enc"])
+    return make_samples(model, encoder, test, out, mind, count, case.rules("talker"))
 
 
 def _judge(size: str) -> AudioEncoder | None:
