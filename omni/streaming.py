@@ -9,6 +9,7 @@ the next one begins, since a dash between them would make the pause longer. A co
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -76,13 +77,16 @@ class _WordReader:
     def __init__(self, model: SpeechModel, mind: Mind | None) -> None:
         with_states = mind is not None and model.config.talker.state_dim > 0
         self._states = StateReader(*mind, model.config.thinker_layer) if mind is not None and with_states else None
-        self._num_given = 0
+        self._num_given = self._num_read = 0  # words given, characters read
         self.before: torch.Tensor | None = None  # state [D] for a pause before the word given last
 
     def words(self, text: str, ended: bool) -> Iterator[tuple[SpokenWord, torch.Tensor | None]]:
         """Yield the words that nothing can change any more, with states [2, D]."""
         if not ended:  # the last token may go on
-            text = text[: max((i for i, c in enumerate(text) if c.isspace()), default=0)]
+            text = text[: len(text) - len(re.split(r"\s", text)[-1])].rstrip()
+            if len(text) == self._num_read:
+                return
+        self._num_read = len(text)
         words = spoken_words(text)
         if not ended and words:  # a mark that stands alone may follow the last word
             words = [word for word in words if word.end < words[-1].end]

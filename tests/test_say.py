@@ -70,7 +70,7 @@ def test_sampling_follows_its_seed(checkpoint: Path, tmp_path: Path) -> None:
     assert len(waves[0]) != len(waves[2]) or not np.array_equal(waves[0], waves[2])
 
 
-@pytest.mark.parametrize("text", ["3 + 4 = 7", "caf\u00e9 😀!", "word " * 100, "x", "don't \u2014 \u201cstop\u201d"])
+@pytest.mark.parametrize("text", ["3 + 4 = 7", "caf\u00e9 😀!", "the number 5. " * 350, "x", "don't \u2014 \u201cstop\u201d"])
 def test_any_text_with_words_is_spoken(text: str, checkpoint: Path, tmp_path: Path) -> None:
     assert say(checkpoint, tmp_path / "x.wav", text) == 0
     assert len(soundfile.read(tmp_path / "x.wav")[0]) > 160
@@ -86,6 +86,7 @@ def test_any_text_with_words_is_spoken(text: str, checkpoint: Path, tmp_path: Pa
         ("hello", ("--reference", "nothing.wav"), 1, "nothing.wav: no such file"),
         ("hello", ("--temperature", "-1"), 2, "--temperature: found -1, expected 0 or more"),
         ("hello", ("--top-p", "0"), 2, "--top-p: found 0, expected a share"),
+        ("hello", ("--seed", "-1"), 2, "--seed: found -1, expected 0 or more"),
         ("hello", ("--speed", "0"), 2, "--speed: found 0, expected 0.25 to 4"),
         ("hello", ("--out", "x.mp3"), 1, "expected the name of a .wav file"),
         ("hello", ("--out", "nowhere/x.wav"), 1, "nowhere: no such folder"),
