@@ -70,7 +70,7 @@ class OmniSFTConfig(StageConfig):
     audio_projector: ProjectorConfig
     projectors: PhaseConfig  # phase 1: the projectors alone
     sft: PhaseConfig  # phase 2: projectors and Thinker
-    talker: PhaseConfig  # phase 3: the Talker, on the states of the Thinker as it is now
+    talker: PhaseConfig  # phase 3, for a Talker that gets states: on those of the Thinker as it is now
     freeze_thinker: bool = False  # phase 2 trains the projectors alone as well
     ctx_len: int = 0  # 0: the Thinker's
     val_sentences: int = 16  # generated and graded at each validation of the Talker
@@ -191,7 +191,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         return talker_stage(
             model.speech,
             model.audio_encoder,
-            (model.thinker, tokenizer) if model.speech.config.talker.state_dim else None,
+            (model.thinker, tokenizer),
             (voices[0], voices[1]),
             config.talker,
             config.run,
@@ -207,7 +207,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         ("projectors", lambda: chats.stage(projectors, config.projectors)),
         ("sft", lambda: chats.stage(tuned, config.sft)),
     ]
-    if parts.speech:
+    if parts.speech and model.speech.config.talker.state_dim:  # without states there is nothing new for it to learn
         phases.append(("talker", talker))
     return Run(
         kind="omni",

@@ -5,8 +5,8 @@ Why: the codec gives speech an alphabet, the Talker writes in it what the Thinke
     python train_talker.py --config configs/talker_nano.json
 
 In: a CSV with the columns wav,text[,speaker] (``data.train``; ``data.val``, or a share of it, ``data.val_split``),
-stage B's ``audio_enc.pt`` (``audio_ckpt``: it says when each word is spoken, and grades) and, for the Talker to know
-what the Thinker knows, stage A's ``thinker.pt`` (``thinker_ckpt``).
+stage B's ``audio_enc.pt`` (``audio_ckpt``: it says when each word is spoken, and grades) and, where the Talker
+shall get the Thinker's states (``use_thinker_states``), stage A's ``thinker.pt`` (``thinker_ckpt``).
 Out: ``talker.pt`` in ``save_dir``.
 Evaluated by: the character error rate of generated sentences beside their recordings' (``omni eval --stage talker``),
 reconstruction and use of the codes (``omni eval --stage codec``).
@@ -59,7 +59,7 @@ class SpeechStageConfig(StageConfig):
     data: VoiceData
     audio_ckpt: str
     thinker_ckpt: str | None = None
-    use_thinker_states: bool = True
+    use_thinker_states: bool = False  # they made nano's speech worse (docs/log.md)
     val_sentences: int = 16  # generated and graded at each validation of the Talker
     model: SpeechConfig = field(default_factory=SpeechConfig)
     codec: PhaseConfig

@@ -179,7 +179,8 @@ def stage_is_complete(stage: StageInfo, size: str, values: dict[str, Any]) -> bo
     except UserError:
         return False
     lineage = summary["lineage"]
-    same_inputs = all(lineage[kind] == value for kind, value in inputs.items() if kind in lineage)
+    # a stage that did without an input, as a Talker may without the Thinker, names none
+    same_inputs = all(lineage.get(kind) in (None, value) for kind, value in inputs.items())
     return same_inputs and _holds(summary["config"], values)
 
 

@@ -70,7 +70,9 @@ def test_sampling_follows_its_seed(checkpoint: Path, tmp_path: Path) -> None:
     assert len(waves[0]) != len(waves[2]) or not np.array_equal(waves[0], waves[2])
 
 
-@pytest.mark.parametrize("text", ["3 + 4 = 7", "caf\u00e9 😀!", "the number 5. " * 350, "x", "don't \u2014 \u201cstop\u201d"])
+@pytest.mark.parametrize(
+    "text", ["3 + 4 = 7", "caf\u00e9 😀!", "the number 5. " * 350, "x", "don't \u2014 \u201cstop\u201d"]
+)
 def test_any_text_with_words_is_spoken(text: str, checkpoint: Path, tmp_path: Path) -> None:
     assert say(checkpoint, tmp_path / "x.wav", text) == 0
     assert len(soundfile.read(tmp_path / "x.wav")[0]) > 160
