@@ -119,7 +119,7 @@ class _Chunk:
         self._states = [] if state_D is None else [state_D]
         self._writer = CodeWriter(model.talker, model.codebooks, sampling, [number])
         codec, vocoder = model.codec, model.vocoder
-        self._vectors: list[torch.Tensor] = []  # written, and not yet handed on
+        self._vectors = model.codebooks.new_zeros(0, model.codebooks.shape[2])  # written, and not yet handed on
         self._decoder = WindowedStream(codec.render, codec.config.look_ahead, codec.config.reduction)
         self._vocoder = WindowedStream(model.waveforms, vocoder.look_ahead, model.config.mel.hop_length)
 
@@ -134,13 +134,12 @@ class _Chunk:
         condition_TD, end = self._conditions(ended)
         for t in range(self._writer.num_frames, len(condition_TD)):
             _, vectors_1D, stops = self._writer.write(condition_TD[t : t + 1])
-            self._vectors.append(vectors_1D)
-            stopped = ended and t >= end and bool(stops)
-            if stopped or len(self._vectors) >= _FRAMES_A_PIECE:
-                yield from self._hand_on(ended and (stopped or t + 1 == len(condition_TD)))
-            if stopped:
-                return
-        if ended and self._vectors:
+            self._vectors = torch.cat([self._vectors, vectors_1D])
+            if ended and t >= end and bool(stops):
+                break
+            if len(self._vectors) >= _FRAMES_A_PIECE:
+                yield from self._hand_on(last=False)
+        if ended:
             yield from self._hand_on(last=True)
 
     def _conditions(self, ended: bool) -> tuple[torch.Tensor, int]:
@@ -159,8 +158,9 @@ class _Chunk:
         return condition_1TD[0], int(durations_U[:-1].sum())
 
     def _hand_on(self, last: bool) -> Iterator[torch.Tensor]:
-        vectors_TD, self._vectors = torch.cat(self._vectors), []
-        frames_FM = self._decoder.push(vectors_TD, last)
+        """Yield what becomes sound by the vectors that are waiting."""
+        frames_FM = self._decoder.push(self._vectors, last)
+        self._vectors = self._vectors[:0]
         if len(frames_FM) or last:
             wave_S = self._vocoder.push(frames_FM, last)
             if len(wave_S):

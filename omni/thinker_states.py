@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ class StateReader:
 
         Both must end where a word ends, with white space behind it or the end of the text: tokens never span that.
         """
-        tokens = self.tokenizer.encode(plain_text(text))
+        tokens = self.tokenizer.encode(_spaced(text))
         assert tokens[: len(self._tokens)] == self._tokens
         device = self.thinker.embed_tokens.weight.device
         while new := tokens[len(self._states) :]:
@@ -58,7 +59,7 @@ def word_states(
 
     A pause has the state of the word before it; the pause before the first word has the first token's.
     """
-    tokens = [tokenizer.encode(plain_text(text)) for text, _ in texts]
+    tokens = [tokenizer.encode(_spaced(text)) for text, _ in texts]
     # what is longer than the Thinker's context is read in windows
     length = thinker.config.ctx_len
     windows = [
@@ -83,6 +84,11 @@ def word_states(
     ]
 
 
+def _spaced(text: str) -> str:
+    """The text as the Thinker reads it: no special tokens, and spaces alone as white space, which no token spans."""
+    return re.sub(r"\s", " ", plain_text(text))
+
+
 def _at_words(
     states_TD: torch.Tensor, tokenizer: Tokenizer, tokens: Sequence[int], text: str, words: Sequence[SpokenWord]
 ) -> torch.Tensor:
@@ -94,6 +100,6 @@ def states_at_words(
 ) -> torch.Tensor:
     """States [U, D] of a text's units from those of its tokens, each of which stands for some of its bytes."""
     ends = torch.tensor(token_bytes).cumsum(0)
-    wanted = torch.tensor([len(text[: word.end].encode()) for word in words])
+    wanted = torch.tensor([len(_spaced(text[: word.end]).encode()) for word in words])
     tokens = torch.searchsorted(ends, wanted).clamp(max=len(ends) - 1)
     return states_TD[torch.cat([tokens.new_zeros(1), tokens.repeat_interleave(2)]).to(states_TD.device)]

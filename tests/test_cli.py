@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from omni import run
 from omni.cli import main
 from omni.config import UserError
 from omni.evaluate import suite
 from omni.exchange import Exchange
 from omni.report import results_table, write_report
 from omni.run import run_process, stage_is_complete
-from omni.stages import STAGES, read_raw_config
+from omni.stages import STAGES, StageInfo, read_raw_config
 from omni.summary import read_summary
 from tests.conftest import ROOT, command
 
@@ -241,6 +242,19 @@ def test_finished_stage_is_recognized_by_its_summary(
     assert read_summary(path)["kind"] == "thinker"
     path.write_bytes(path.read_bytes()[:-100])
     assert not stage_is_complete(stage, "test", values)
+
+
+def test_what_a_stage_did_without_makes_it_no_less_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = next(stage for stage in STAGES if stage.kind == "talker")
+    lineage = {"thinker": None, "audio_enc": "now"}
+    monkeypatch.setattr(run, "read_summary", lambda path: {"lineage": lineage, "config": {"name": "talker_x"}})
+    monkeypatch.setattr(run, "fingerprint", lambda path: "now")
+    monkeypatch.setattr(StageInfo, "checkpoint", lambda stage, size: Path(f"{stage.kind}.pt"))
+    assert stage_is_complete(stage, "x", {"name": "talker_x"})
+    for kind in ("audio_enc", "thinker"):
+        monkeypatch.setitem(lineage, kind, "before")
+        assert not stage_is_complete(stage, "x", {"name": "talker_x"})
+        monkeypatch.setitem(lineage, kind, "now")
 
 
 # ---- processes ----

@@ -27,7 +27,7 @@ TEXTS = (
     "Hello there.",
     "Wait - what? It's 21 o'clock, and 3.5 dogs (all brown) are gone!",
     "go on, and on, and on again until the end is near. " * 6 + "no mark at the end",
-    "  one  ",
+    "  one\ntwo\tthree\u00a0four <|end|> five  ",
 )
 
 
@@ -54,7 +54,7 @@ def model() -> SpeechModel:
 def mind() -> Mind:
     """A Thinker from random weights with a short context."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([text + "\n" for text in TEXTS] * 3, 300)
+    tokenizer = Tokenizer.train([text + "\n" for text in TEXTS] * 3, 320)
     config = ThinkerConfig(
         vocab_size=tokenizer.vocab_size, ctx_len=24, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=16
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from omni.alignment import encode_recordings
+from omni.audio import log_mel, standard_level
 from omni.config import DataConfig
 from omni.data.manifest import RULES
 from omni.data.speech import read_speech_manifest
@@ -61,8 +62,9 @@ def codec_figures(
 ) -> dict[str, Figure | ListFigure]:
     """Reconstruction, use of the codebooks, and how well resynthesized recordings are understood.
 
-    ``cer_vocoder`` is what the vocoder alone costs (from the recordings' own frames), ``cer_resynthesis`` what
-    codec and vocoder cost together, beside ``cer_recordings``.
+    ``cer_vocoder`` is what the vocoder alone costs (from the recordings' own frames), ``mel_l1_vocoder`` how far the
+    frames of its sound are from those; ``cer_resynthesis`` is what codec and vocoder cost together, beside
+    ``cer_recordings``.
     """
     voices = Voices(read_speech_manifest(manifest, rules)[:limit], model.config.mel, rules)
     texts = [voices.text(index) for index in range(len(voices))]
@@ -77,6 +79,7 @@ def codec_figures(
         "mel_l1_by_codebooks": _means(made.mel_l1),
         "usage": usage,
         "perplexity": perplexity,
+        "mel_l1_vocoder": ratio([_distance(model, voices.frames(index), wave) for index, wave in enumerate(vocoded)]),
         "bits_per_second": _exact(model.bits_per_second, len(made.codes_NK)),
         "bits_per_second_carried": _exact(carried, len(made.codes_NK)),
         "cer_resynthesis": character_error_rate(texts, hear(encoder, coded, rate)),
@@ -107,6 +110,12 @@ def _resampled_usage(codes_NK: torch.Tensor, size: int, draws: int = 50) -> tupl
         ListFigure(value[0], n, low[0].tolist(), high[0].tolist()),
         ListFigure(value[1], n, low[1].tolist(), high[1].tolist()),
     )
+
+
+def _distance(model: SpeechModel, frames_FM: torch.Tensor, wave_S: torch.Tensor) -> float:
+    """Mean difference between log-mel frames and those of the sound that the vocoder made of them."""
+    found_FM = log_mel(model.config.mel)(standard_level(wave_S.cpu()))
+    return float((found_FM[: len(frames_FM)] - frames_FM[: len(found_FM)]).abs().mean())
 
 
 def _wave(model: SpeechModel, frames_FM: torch.Tensor) -> torch.Tensor:

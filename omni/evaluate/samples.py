@@ -37,7 +37,7 @@ def make_samples(
     count: int = 3,
     rules: DataConfig = RULES,
 ) -> list[Path]:
-    """Write ``sample_<n>.png`` and ``sample_<n>_<kind>.ogg`` for the first sentences of a manifest; returns the files.
+    """Write ``sample_<n>.jpg`` and ``sample_<n>_<kind>.ogg`` for the first sentences of a manifest; returns the files.
 
     Args:
         model: a trained ``talker.pt``.
@@ -60,7 +60,7 @@ def make_samples(
             spoken[index].wave.cpu(),
         ]
         title = f"{voices.text(index)}  ({voices.speakers[index]})"
-        written.append(out / f"sample_{index + 1}.png")
+        written.append(out / f"sample_{index + 1}.jpg")
         _draw(model, title, waves, hear(encoder, waves, rate), written[-1])
         for kind, wave in zip(KINDS, waves, strict=True):
             written.append(out / f"sample_{index + 1}_{kind}.ogg")
@@ -84,4 +84,4 @@ def _draw(model: SpeechModel, title: str, waves: list[torch.Tensor], heard: list
         axis.set_ylabel("mel", fontsize=8)
         axis.tick_params(labelsize=7)
     axes[-1].set_xlabel("seconds", fontsize=8)
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=70, pil_kwargs={"quality": 80})

@@ -91,6 +91,8 @@ def _of_stage(letter: str, values: dict[str, Any]) -> None:
         values["data"]["vocab_size"] = 400
     if letter == "B":
         values["data"]["spec_augment"] = True
+    if letter == "D":
+        values["use_thinker_states"] = True  # so that stage E has its third phase
     if letter in "DE":
         values["val_sentences"] = 1
     if letter == "E":
