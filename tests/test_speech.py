@@ -181,7 +181,7 @@ def test_windows_of_codec_and_vocoder_give_what_the_whole_gives(model: SpeechMod
         assert size == 50 or float((torch.cat(parts) - function(x[None])[0]).abs().max()) > 1e-6
 
 
-# a thousand draws come to stand beside a boundary once, where sums in another order decide: so only short texts are drawn
+# one of a thousand draws stands at a boundary, where sums in another order decide: so only short texts are drawn
 @pytest.mark.parametrize(
     ("text", "sampling"),
     [*((text, GREEDY) for text in TEXTS), *((TEXTS[number], Sampling(1.0, top_p=0.9)) for number in (0, 1, 3))],
