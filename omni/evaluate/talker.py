@@ -73,6 +73,7 @@ class _Part:
         self.texts = [self.voices.text(index) for index in range(len(self.voices))]
         self.spoken = speak_again(model, self.voices, mind)
         self.heard = self.hear(graders.encoder)
+        self.heard_recordings = hear_recordings(graders.encoder, self.voices)
 
     def hear(self, encoder: AudioEncoder) -> list[str]:
         """What is understood of the generated speech."""
@@ -85,7 +86,7 @@ class _Part:
             if encoder is not None:
                 heard = self.hear(encoder) if name else self.heard
                 found[f"cer{suffix}{name}"] = character_error_rate(self.texts, heard)
-                known = hear_recordings(encoder, self.voices)
+                known = hear_recordings(encoder, self.voices) if name else self.heard_recordings
                 found[f"cer_recordings{suffix}{name}"] = character_error_rate(self.texts, known)
         return found
 
@@ -126,6 +127,7 @@ def talker_figures(
         figures |= other.error_rates(name)
     figures["cer_shuffled"] = _shuffled(part, mind)
     figures |= slips(part.texts, part.heard)
+    figures |= {f"{name}_recordings": found for name, found in slips(part.texts, part.heard_recordings).items()}
     figures["speaker_similarity"] = speaker_similarity(model, part.voices, part.spoken)
     for name, other in {"": part, **others_spoken}.items():
         nearer = other.nearer() if name != "_unseen_words" else None
