@@ -21,14 +21,6 @@ from omni.models.talker import talker_losses
 from omni.training_utils import Stage
 
 
-def talker_loss(
-    speech: SpeechModel, batch: SentenceBatch, shares_KVV: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the codes and of the stop, error of the durations."""
-    losses = talker_losses(speech.talker, batch.text(), batch.plan(), batch.codes_BTK, batch.durations_BU, shares_KVV)
-    return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
-
-
 def talker_stage(
     speech: SpeechModel,
     encoder: AudioEncoder,
@@ -65,7 +57,9 @@ def talker_stage(
     shares_KVV = neighbour_shares(speech.codebooks, blur) if blur else None
 
     def loss(model: Any, batch: SentenceBatch) -> dict[str, torch.Tensor]:
-        return talker_loss(speech, batch, shares_KVV)
+        talker, codes_BTK = speech.talker, batch.codes_BTK
+        losses = talker_losses(talker, batch.text(), batch.plan(), codes_BTK, batch.durations_BU, shares_KVV)
+        return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
 
     def evaluate(model: Any) -> dict[str, float]:
         batches = (batch.to(speech.device) for batch in ordered_batches(parts[1], 16, run.val_batches))

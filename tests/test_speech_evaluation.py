@@ -22,7 +22,7 @@ from omni.evaluate.audio_enc import hear, hear_recordings
 from omni.evaluate.codec import codec_figures
 from omni.evaluate.samples import make_samples
 from omni.evaluate.speech_errors import mel_cepstral_distortion, slips
-from omni.evaluate.talker import Graders, Sentences, talker_figures
+from omni.evaluate.talker import Graders, SpeechSets, talker_figures
 from omni.generate_speech import speak
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -146,7 +146,7 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     path = manifest(tmp_path, texts)
     model = speech_model(kind=kind)
     graders = Graders(recognizer(), recognizer("convolution"))
-    found = talker_figures(model, graders, Sentences(path, words=path, voices=path, limit=3))
+    found = talker_figures(model, graders, SpeechSets(path, words=path, voices=path, limit=3))
     rates = {f"cer{who}{part}{judge}" for who in ("", "_recordings") for judge in ("", "_judge")
              for part in ("", "_unseen_words", "_unseen_voices")}  # fmt: skip
     others = {"wer", "cer_short", "cer_medium", "cer_shuffled", "repeats", "skips", "early_stops", "late_stops",
@@ -156,7 +156,7 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     assert set(found) == rates | others | beside
     assert found["cer"].n == 3 and found["cer_short"].n == 2 and found["cer_medium"].n == 1
     assert 0 < found["first_audio_ms"].value < 10_000 and found["rtf"].value > 0
-    alone = talker_figures(model, Graders(recognizer()), Sentences(path, limit=2))
+    alone = talker_figures(model, Graders(recognizer()), SpeechSets(path, limit=2))
     assert not {name for name in alone if "judge" in name or "unseen" in name}
     assert alone["cer"].value == pytest.approx(found["cer"].value, abs=1)
 

@@ -18,7 +18,9 @@ from omni.stages import JUDGE, STAGES, StageInfo
 from omni.summary import read_summary
 
 if TYPE_CHECKING:
+    from omni.generate_speech import Mind
     from omni.models.audio_encoder import AudioEncoder
+    from omni.models.speech import SpeechModel
     from omni.models.thinker import Thinker
     from omni.tokenizer import Tokenizer
 
@@ -206,16 +208,23 @@ def _codec(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     return codec_figures(model, encoder, test, case.limit, case.rules("talker"))
 
 
-def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
-    from omni.evaluate.talker import Graders, Sentences, talker_figures
+def _speaker(inputs: dict[str, Path]) -> tuple[SpeechModel, Mind | None, AudioEncoder]:
+    """The Talker's model, the Thinker where the Talker gets its states, and stage B's recognizer."""
     from omni.load import load_audio_encoder, load_speech, load_thinker
 
-    model, data = load_speech(inputs["talker"]), case.data("talker")
-    test = case.test_set("talker", case.own.tts, "--tts")
-    words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
+    model = load_speech(inputs["talker"])
     mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
-    graders = Graders(load_audio_encoder(inputs["audio_enc"]), _judge(case.size))
-    return talker_figures(model, graders, Sentences(test, words, voices, case.limit, case.rules("talker")), mind)
+    return model, mind, load_audio_encoder(inputs["audio_enc"])
+
+
+def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
+    from omni.evaluate.talker import Graders, SpeechSets, talker_figures
+
+    model, mind, encoder = _speaker(inputs)
+    data, test = case.data("talker"), case.test_set("talker", case.own.tts, "--tts")
+    words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
+    sets = SpeechSets(test, words, voices, case.limit, case.rules("talker"))
+    return talker_figures(model, Graders(encoder, _judge(case.size)), sets, mind)
 
 
 def show_samples(size: str, own: OwnSets, out: Path, count: int) -> list[Path]:
@@ -225,15 +234,12 @@ def show_samples(size: str, own: OwnSets, out: Path, count: int) -> list[Path]:
         UserError: when a checkpoint or the test set is missing.
     """
     from omni.evaluate.samples import make_samples
-    from omni.load import load_audio_encoder, load_speech, load_thinker
     from omni.runtime import setup_compute
 
     setup_compute(RunConfig(device="cpu"))
     case = _Case(size, own, count)
-    inputs = case.inputs("talker", _stage("talker"))
-    model = load_speech(inputs["talker"])
-    mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
-    test, encoder = case.test_set("talker", own.tts, "--tts"), load_audio_encoder(inputs["audio_enc"])
+    model, mind, encoder = _speaker(case.inputs("talker", _stage("talker")))
+    test = case.test_set("talker", own.tts, "--tts")
     return make_samples(model, encoder, test, out, mind, count, case.rules("talker"))
 
 

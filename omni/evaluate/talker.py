@@ -35,7 +35,7 @@ _LENGTHS = (("short", 1, 5), ("medium", 6, 15), ("long", 16, 10**6))  # words
 
 
 @dataclass(frozen=True)
-class Sentences:
+class SpeechSets:
     """What the Talker is asked to say.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Part:
     """One test set, spoken and heard."""
 
     def __init__(
-        self, model: SpeechModel, graders: Graders, mind: Mind | None, path: str | Path, sets: Sentences
+        self, model: SpeechModel, graders: Graders, mind: Mind | None, path: str | Path, sets: SpeechSets
     ) -> None:
         self.model, self.graders = model, graders
         rows = read_speech_manifest(path, sets.rules)[: sets.limit]
@@ -109,7 +109,7 @@ class _Part:
 
 
 def talker_figures(
-    model: SpeechModel, graders: Graders, sets: Sentences, mind: Mind | None = None
+    model: SpeechModel, graders: Graders, sets: SpeechSets, mind: Mind | None = None
 ) -> dict[str, Figure]:
     """Intelligibility, slips, likeness to the speaker, sound, length and speed of the Talker's speech.
 
