@@ -37,6 +37,7 @@ _LEVEL = 0.08
 _CENTRE, _SPREAD = -2.2, 3.0
 # libsndfile's length of a FLAC that was written to a pipe, whose header does not say; read in blocks of samples
 _UNKNOWN_LENGTH, _BLOCK = 2**62, 2**16
+GRIFFIN_LIM_ITERATIONS = 32  # 8 leave a difference between mel frames of 0.099 (log scale), 32 one of 0.076
 SILENCE = (math.log(1e-5) - _CENTRE) / _SPREAD  # normalized log-mel of digital silence
 
 
@@ -208,15 +209,27 @@ def log_mel(config: MelConfig) -> LogMel:
 
 
 @torch.no_grad()
-def griffin_lim(frames_FM: torch.Tensor, config: MelConfig, iterations: int = 32) -> torch.Tensor:
-    """A waveform [..., samples] for log-mel frames [..., F, M] by Griffin and Lim's method; needs no training."""
+def griffin_lim(frames_FM: torch.Tensor, config: MelConfig, iterations: int = GRIFFIN_LIM_ITERATIONS) -> torch.Tensor:
+    """A waveform [..., samples] for log-mel frames [..., F, M] by Griffin and Lim's method (1984); needs no training.
+
+    All phases start at zero, so that a sample depends on its neighbourhood alone (:func:`griffin_lim_look_ahead`).
+    """
+    num_frames = frames_FM.shape[-2]
+    least = config.n_fft // (2 * config.hop_length) + 2  # the transform reflects half a window at either end
+    frames_FM = nn.functional.pad(frames_FM, (0, 0, 0, max(0, least - num_frames)), value=SILENCE)
     front = log_mel(config)
     inverse = torch.linalg.pinv(front.mel.mel_scale.fb.T)  # [bins, M]
     spectrum = (inverse @ front.magnitudes(frames_FM).clamp(min=0).transpose(-1, -2)).clamp(min=0)
     transform = torchaudio.transforms.GriffinLim(
         config.n_fft, n_iter=iterations, hop_length=config.hop_length, power=1.0, rand_init=False
     )
-    return transform(spectrum)
+    wave: torch.Tensor = transform(spectrum)
+    return wave[..., : num_frames * config.hop_length]
+
+
+def griffin_lim_look_ahead(config: MelConfig, iterations: int = GRIFFIN_LIM_ITERATIONS) -> int:
+    """Frames that a frame's samples depend on beyond it, and as many before it: an overlap for each iteration."""
+    return (iterations + 1) * ((config.n_fft - 1) // config.hop_length)
 
 
 def save_wav(path: str | Path, wave: torch.Tensor, sample_rate: int) -> None:

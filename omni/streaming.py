@@ -3,7 +3,8 @@
 How far each part looks ahead decides how soon a sound can be made. A word is timed and written once
 ``TalkerConfig.look_ahead`` more characters of its chunk are known (or the chunk has ended), and a word is known once
 the next one begins, since a dash between them would make the pause longer. A code frame is decoded once
-``CodecConfig.look_ahead`` more of them are there, and a mel frame becomes sound once ``Vocoder.look_ahead`` more are.
+``CodecConfig.look_ahead`` more of them are there, and a mel frame becomes sound once
+``SpeechModel.vocoder_look_ahead`` more are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from omni.config import UserError
 from omni.generate_codes import CodeWriter, conditions, talker_text, whole_durations
 from omni.generate_speech import Mind, gap
 from omni.models.speech import SpeechModel
@@ -39,7 +39,7 @@ def stream_speech(
     All pieces together are what :func:`omni.generate_speech.speak` makes of the whole text.
 
     Args:
-        model: with the trained vocoder; Griffin-Lim works on whole utterances.
+        model: what speaks.
         pieces: the text, cut anywhere.
         speaker_E: of the voice.
         mind: Thinker and tokenizer, where the Talker shall get states.
@@ -47,10 +47,8 @@ def stream_speech(
         speed: 2.0 halves every duration.
 
     Raises:
-        UserError: when the vocoder is Griffin-Lim, or the text ends without anything that can be spoken.
+        UserError: when the text ends without anything that can be spoken.
     """
-    if model.config.vocoder_kind != "istft":
-        raise UserError("model.vocoder_kind: found griffin_lim, which cannot stream, expected istft")
     reader, text, number = _WordReader(model, mind), "", 0
     chunk: _Chunk | None = None
     for piece in itertools.chain(pieces, [None]):
@@ -118,10 +116,10 @@ class _Chunk:
         self._units = units([])
         self._states = [] if state_D is None else [state_D]
         self._writer = CodeWriter(model.talker, model.codebooks, sampling, [number])
-        codec, vocoder = model.codec, model.vocoder
+        codec, mel = model.codec, model.config.mel
         self._vectors = model.codebooks.new_zeros(0, model.codebooks.shape[2])  # written, and not yet handed on
-        self._decoder = WindowedStream(codec.render, codec.config.look_ahead, codec.config.reduction)
-        self._vocoder = WindowedStream(model.waveforms, vocoder.look_ahead, model.config.mel.hop_length)
+        self._decoder = WindowedStream(codec.render, codec.config.look_ahead, codec.config.reduction, (mel.num_mels,))
+        self._vocoder = WindowedStream(model.waveforms, model.vocoder_look_ahead, mel.hop_length)
 
     def add(self, word: SpokenWord, states_2D: torch.Tensor | None) -> None:
         """Append a word and the pause after it."""
@@ -168,26 +166,36 @@ class _Chunk:
 
 
 class WindowedStream:
-    """A convolutional network applied to a sequence that arrives in pieces: the outputs are those of the whole.
+    """A function that sees so far and no further, of a sequence in pieces: the outputs are those of the whole.
+
+    What lies within its sight is computed anew for each piece, so pieces grow: each is at least as long as all before
+    it, until it is as long as what the function sees on either side.
 
     Args:
-        function: [1, T, ...] to [1, T * ratio, ...].
+        function: [1, T, ...] to [1, T * ratio, *shape].
         context: positions on either side that an output depends on.
         ratio: outputs a position.
+        shape: of an output.
     """
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], context: int, ratio: int) -> None:
-        self.function, self.context, self.ratio = function, context, ratio
+    def __init__(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        context: int,
+        ratio: int,
+        shape: tuple[int, ...] = (),
+    ) -> None:
+        self.function, self.context, self.ratio, self.shape = function, context, ratio, shape
         self._kept: torch.Tensor | None = None  # the inputs that are still needed
         self._first = self._done = 0  # position of the first one kept, and of the next output
 
     def push(self, x: torch.Tensor, last: bool = False) -> torch.Tensor:
-        """The outputs that are certain once ``x`` [T, ...] has arrived; all of them with the last piece."""
+        """Outputs that are certain once ``x`` [T, ...] has arrived, none if they are few; with the last piece all."""
         self._kept = x if self._kept is None else torch.cat([self._kept, x])
         end = self._first + len(self._kept)
-        ready = end if last else max(self._done, end - self.context)
-        if ready == self._done:
-            return self.function(self._kept[None, :1])[0, :0]
+        ready = end if last else end - self.context
+        if ready <= self._done or (not last and ready - self._done < min(self._done, self.context)):
+            return x.new_zeros(0, *self.shape)
         start, stop = ((position - self._first) * self.ratio for position in (self._done, ready))
         result = self.function(self._kept[None])[0, start:stop]
         first = max(0, ready - self.context)

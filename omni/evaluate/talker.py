@@ -198,18 +198,11 @@ def _embed_waves(model: SpeechModel, spoken: Sequence[Spoken]) -> torch.Tensor:
 def speed_figures(
     model: SpeechModel, texts: Sequence[str], speaker_1E: torch.Tensor, mind: Mind | None = None
 ) -> dict[str, Figure]:
-    """Sentence by sentence: computing time over sound, and milliseconds from the text to the first piece of sound.
-
-    With the trained vocoder speech is streamed; Griffin-Lim makes a whole sentence before its first sound is heard.
-    """
+    """Sentence by sentence, streamed: computing time over sound; milliseconds from the text to the first sound."""
     seconds, sound, first = [], [], []
     for number, text in enumerate([texts[0], *texts]):
         began, heard, samples = time.perf_counter(), 0.0, 0
-        if model.config.vocoder_kind == "istft":
-            pieces = stream_speech(model, [text], speaker_1E[0], mind)
-        else:
-            pieces = (item.wave for item in speak(model, [text], speaker_1E, mind))
-        for piece in pieces:
+        for piece in stream_speech(model, [text], speaker_1E[0], mind):
             heard = heard or time.perf_counter() - began
             samples += len(piece)
         if number:  # the first call is slower than all others

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from omni.audio import MelConfig, griffin_lim
+from omni.audio import MelConfig, griffin_lim, griffin_lim_look_ahead
 from omni.config import Problem, UserError, from_dict
 from omni.models.codec import Codec, CodecConfig
 from omni.models.speaker import SpeakerConfig, SpeakerEncoder
@@ -70,6 +70,13 @@ class SpeechModel(nn.Module):
     def code_rate(self) -> float:
         """Code frames a second."""
         return self.config.mel.frame_rate / self.config.codec.reduction
+
+    @property
+    def vocoder_look_ahead(self) -> int:
+        """Mel frames that a frame's samples depend on beyond it, and as many before it."""
+        if self.config.vocoder_kind == "istft":
+            return self.vocoder.look_ahead
+        return griffin_lim_look_ahead(self.config.mel)
 
     @property
     def codebooks(self) -> torch.Tensor:
