@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.config import PhaseConfig, RowsDataConfig, StageConfig, to_dict
 from omni.data.parts import read_parts
 from omni.data.speech import SpeechBatch, Transcribed, scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
@@ -27,7 +27,7 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechData(SplitDataConfig):
+class SpeechData(RowsDataConfig):
     """Where the recordings are."""
 
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`

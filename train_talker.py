@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
-from omni.config import PhaseConfig, Problem, SplitDataConfig, StageConfig, from_dict, to_dict
+from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, from_dict, to_dict
 from omni.data.parts import read_parts
 from omni.data.speech import scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
@@ -41,7 +41,7 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoiceData(SplitDataConfig):
+class VoiceData(RowsDataConfig):
     """Where the recordings are, and how they are cut."""
 
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from omni import checkpoint
-from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.config import PhaseConfig, RowsDataConfig, StageConfig, to_dict
 from omni.data.images import Captioned, ImageBatch, scan_image_manifest
 from omni.data.parts import read_parts
 from omni.data.stream import BatchStream, ordered_batches
@@ -34,7 +34,7 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(SplitDataConfig):
+class ImageData(RowsDataConfig):
     """Where the pictures are, and what is done with them."""
 
     test: str | None = None  # for `omni eval`; by default the validation part

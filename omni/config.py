@@ -148,6 +148,13 @@ class SplitDataConfig(DataConfig):
             yield Problem("val_split", str(self.val_split), "a share between 0 and 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsDataConfig(SplitDataConfig):
+    """Data of rows, in one manifest or several."""
+
+    also_train: tuple[str, ...] = ()  # manifests to train on as well; one named twice is seen twice in an epoch
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """What the shared loop needs to know of any stage's configuration; each stage script extends it."""

@@ -213,6 +213,19 @@ def test_training_data_named_as_validation_leaks(run_check: Check, tmp_path: Pat
     assert code == 1 and lines[0].startswith("train.csv:2: the same file as train.csv:2")
 
 
+def test_further_manifests_are_training_data_too(run_check: Check, tmp_path: Path) -> None:
+    for name, pitch in (("a", 300), ("b", 500), ("c", 700)):
+        write_tone(tmp_path / f"{name}.wav", 0.5, pitch)
+        write(tmp_path / f"{name}.csv", "wav,text", f"{name}.wav,{name} word")
+    write(tmp_path / "bad.csv", "wav,text", "no.wav,one")
+    more = [str(tmp_path / name) for name in ("b.csv", "bad.csv")]
+    code, lines = run_check("audio_enc", train="a.csv", also_train=more, val="b.csv", test="c.csv")
+    assert code == 1 and "1 configurations, 2 problems" in lines[-1]
+    assert [line.split(": ")[0] for line in lines[:2]] == ["bad.csv:2", "b.csv:2"]  # unreadable; trained on and held out
+    code, lines = run_check("audio_enc", train="a.csv", also_train="b.csv", val="c.csv")
+    assert code == 1 and "data.also_train: found" in lines[0] and lines[0].endswith("expected a list of paths")
+
+
 # ---- leaks ----
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from omni.data.speech import Recordings, read_speech_manifest
+from omni.config import RowsDataConfig, UserError
+from omni.data.parts import read_parts
+from omni.data.speech import Recordings, read_speech_manifest, scan_speech_manifest
 from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
 from tests.conftest import ROOT, command, metrics
@@ -75,6 +77,31 @@ def test_bad_manifest_is_named_and_nothing_overwritten(
     assert done.stderr.startswith("error: ") and expected in done.stderr and "bad.csv" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run" / "audio_enc_best.pt").read_bytes() == b"an earlier one"
+
+
+def test_rows_of_several_manifests(babble: Path) -> None:
+    """Further manifests are trained on, those named twice twice; each is split where there is no validation file."""
+    lines = (babble / "asr.csv").read_text().splitlines()
+    for name, part in (("one.csv", lines[1:11]), ("two.csv", lines[11:21])):
+        (babble / name).write_text("\n".join([lines[0], *part]) + "\n")
+    one, two = (str(babble / name) for name in ("one.csv", "two.csv"))
+
+    def parts(**keys: Any) -> tuple[list[str], list[str], dict[str, Any]]:
+        found = read_parts(scan_speech_manifest, "wav", "text", RowsDataConfig(train=one, val_split=0.2, **keys))
+        names = [[row.values["wav"] for row in part] for part in (found.training, found.validation)]
+        return names[0], names[1], found.fingerprint
+
+    training, validation, alone = parts()
+    assert (len(training), len(validation)) == (8, 2)
+    both_training, both_validation, both = parts(also_train=(two, two))
+    assert (len(both_training), len(both_validation)) == (8 + 2 * 8, 4)
+    assert both_training[8:16] == both_training[16:] and not set(both_training) & set(both_validation)
+    assert both_validation[:2] == validation and both["train"] == alone["train"]
+    assert both["also_train.0"] == both["also_train.1"] != both["train"]
+    with_file, held_out, _ = parts(also_train=(two,), val=two, allow_leaks=True)
+    assert len(with_file) == 20 and len(held_out) == 10
+    with pytest.raises(UserError, match=r"two\.csv:2: the same file as .*two\.csv:2"):
+        parts(also_train=(two,), val=two)
 
 
 def test_utterances_too_short_for_their_text_are_counted(babble: Path, tmp_path: Path, write_config: Write) -> None:

@@ -22,12 +22,22 @@ from omni.speech_text import spoken_words
 from omni.stages import JUDGE, STAGES, StageInfo, read_raw_config
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
-# what each key of a stage's data names; of several of one kind the first is for training, the others are held out
-_SPEECH = {"train": "speech", "val": "speech", "test": "speech", "test_words": "speech", "test_voices": "speech"}
+# what each key of a stage's data names; of several of one kind the first (and `also_train`) is for training, the others
+# are held out
+_SPEECH = {
+    "train": "speech",
+    "also_train": "speech",
+    "val": "speech",
+    "test": "speech",
+    "test_words": "speech",
+    "test_voices": "speech",
+}
 _MANIFESTS = {
     "thinker": {"train": "text", "val": "text", "test": "text"},
     "audio_enc": _SPEECH,
-    "vision": {"train": "images", "val": "images", "test": "images", "test_combinations": "images"},
+    "vision": {
+        "train": "images", "also_train": "images", "val": "images", "test": "images", "test_combinations": "images",
+    },
     "talker": _SPEECH,
     "omni": {
         "train": "chats", "val": "chats", "test": "chats", "replay_text": "text",
@@ -81,7 +91,7 @@ class _Task:
     stage: StageInfo
     rules: DataConfig
     encoder: AudioEncoderConfig | None
-    manifests: list[tuple[str, str]]  # (kind, path), in the order of the stage's keys
+    manifests: list[tuple[str, str, bool]]  # (kind, path, whether it is for training), in the order of the stage's keys
 
 
 def check_configs(paths: Sequence[Path]) -> Findings:
@@ -94,15 +104,18 @@ def check_configs(paths: Sequence[Path]) -> Findings:
             findings.add(problems_of(error))
             continue
         training: dict[str, Part] = {}
-        for kind, manifest in task.manifests:
+        for kind, manifest, trains in task.manifests:
             key = kind, manifest, task.stage.kind, task.rules, task.encoder
             if key not in known:
                 known[key] = checker.check(kind, manifest, task)
                 findings.add(known[key].problems, known[key].warnings)
-            if kind in training:
-                findings.add_leaks(find_leaks(training[kind], known[key].part), task.rules)
+            part = known[key].part
+            if not trains:
+                findings.add_leaks(find_leaks(training[kind], part), task.rules)
+            elif kind in training:
+                training[kind] = Part([*training[kind].media, *part.media], [*training[kind].texts, *part.texts])
             else:
-                training[kind] = known[key].part
+                training[kind] = part
     return findings
 
 
@@ -117,11 +130,19 @@ def _read_task(path: Path) -> _Task:
     if stage.kind == "audio_enc":
         encoder = from_dict(AudioEncoderConfig, values.get("model", {}), f"{path}: model")
     found = {key: data[key] for key in _MANIFESTS[stage.kind] if key in data and data[key] is not None}
-    if wrong := [key for key, manifest in found.items() if not isinstance(manifest, str) or not manifest]:
-        raise UserError(f"{path}: data.{wrong[0]}: found {found[wrong[0]]!r}, expected a path")
     if "train" not in found:
         raise UserError(f"{path}: data: names no train, expected a manifest")
-    return _Task(stage, rules, encoder, [(_MANIFESTS[stage.kind][key], manifest) for key, manifest in found.items()])
+    manifests: list[tuple[str, str, bool]] = []
+    for key, named in found.items():
+        kind = _MANIFESTS[stage.kind][key]
+        if key == "also_train" and not isinstance(named, list):
+            raise UserError(f"{path}: data.{key}: found {named!r}, expected a list of paths")
+        for manifest in named if key == "also_train" else [named]:
+            if not isinstance(manifest, str) or not manifest:
+                raise UserError(f"{path}: data.{key}: found {manifest!r}, expected a path")
+            first = all(known != kind for known, *_ in manifests)
+            manifests.append((kind, manifest, first or key == "also_train"))
+    return _Task(stage, rules, encoder, manifests)
 
 
 def _stage_of(path: Path, values: dict[str, Any]) -> StageInfo:

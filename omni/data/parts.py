@@ -1,4 +1,4 @@
-"""The training and the validation part of a manifest: two files, or one that is split."""
+"""The training and the validation part of a stage's rows: files of their own, or each file is split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from omni.config import DataConfig, SplitDataConfig, data_rules
+from omni.config import DataConfig, RowsDataConfig, data_rules
 from omni.data.dialogue import Chat, scan_chats
 from omni.data.leaks import contents_of, part_of_chats, part_of_rows, refuse_leaks
 from omni.data.manifest import Manifest, Row, split_rows
@@ -18,7 +18,7 @@ from omni.lineage import data_fingerprint
 class Parts:
     """Rows to train on, rows to validate on, and what tells this data from other data.
 
-    ``left_out`` rows of the training file cannot be used.
+    ``left_out`` rows of the training files cannot be used.
     """
 
     training: list[Row]
@@ -28,7 +28,7 @@ class Parts:
 
 
 def read_parts(
-    scan: Callable[[str, DataConfig], Manifest[Row]], media_column: str, text_column: str, data: SplitDataConfig
+    scan: Callable[[str, DataConfig], Manifest[Row]], media_column: str, text_column: str, data: RowsDataConfig
 ) -> Parts:
     """Read the manifests of a stage.
 
@@ -41,18 +41,25 @@ def read_parts(
     Raises:
         UserError: for bad rows, and for a recording or picture that is in both parts, as the rules say.
     """
-    manifest = scan(data.train, data)
-    rows = manifest.usable(data)
-    fingerprint = {"train": data_fingerprint(data.train, (row.path(media_column) for row in rows))}
-    if data.val is None:
-        fingerprint["train"]["val_split"] = data.val_split
-        training, validation = split_rows(rows, data.val_split, contents_of([row.path(media_column) for row in rows]))
-    else:
-        training, validation = rows, scan(data.val, data).usable(data)
+    fingerprint: dict[str, Any] = {}
+    training, validation, num_bad = list[Row](), list[Row](), 0
+    for number, path in enumerate((data.train, *data.also_train)):
+        manifest = scan(path, data)
+        rows, num_bad = manifest.usable(data), num_bad + manifest.num_bad
+        media = [row.path(media_column) for row in rows]
+        name = f"also_train.{number - 1}" if number else "train"
+        fingerprint[name] = data_fingerprint(path, media)
+        if data.val is None:
+            fingerprint[name]["val_split"] = data.val_split
+            rows, held_out = split_rows(rows, data.val_split, contents_of(media))
+            validation += [] if path in (data.train, *data.also_train)[:number] else held_out
+        training += rows
+    if data.val is not None:
+        validation = scan(data.val, data).usable(data)
         fingerprint["val"] = data_fingerprint(data.val, (row.path(media_column) for row in validation))
     parts = [part_of_rows(part, media_column, text_column) for part in (training, validation)]
     refuse_leaks(parts[0], parts[1], data)
-    return Parts(training, validation, manifest.num_bad, fingerprint)
+    return Parts(training, validation, num_bad, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def read_chat_parts(
         fingerprint["replay_text"] = data_fingerprint(replay_text)
     found = None
     if speech is not None:
-        data = SplitDataConfig(train=speech[0], val=speech[1], **vars(data_rules(vars(rules), "rules")))
+        data = RowsDataConfig(train=speech[0], val=speech[1], **vars(data_rules(vars(rules), "rules")))
         found = read_parts(scan_speech_manifest, "wav", "text", data)
         fingerprint |= {f"speech_{name}": value for name, value in found.fingerprint.items()}
     return ChatParts(chats[0], chats[1], manifests[0].num_bad, found, fingerprint)
