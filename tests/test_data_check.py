@@ -221,7 +221,7 @@ def test_further_manifests_are_training_data_too(run_check: Check, tmp_path: Pat
     more = [str(tmp_path / name) for name in ("b.csv", "bad.csv")]
     code, lines = run_check("audio_enc", train="a.csv", also_train=more, val="b.csv", test="c.csv")
     assert code == 1 and "1 configurations, 2 problems" in lines[-1]
-    assert [line.split(": ")[0] for line in lines[:2]] == ["bad.csv:2", "b.csv:2"]  # unreadable; trained on and held out
+    assert [line.split(": ")[0] for line in lines[:2]] == ["bad.csv:2", "b.csv:2"]  # unreadable; held out
     code, lines = run_check("audio_enc", train="a.csv", also_train="b.csv", val="c.csv")
     assert code == 1 and "data.also_train: found" in lines[0] and lines[0].endswith("expected a list of paths")
 
