@@ -70,8 +70,9 @@ class _Case:
         own = self.path(stage.kind)
         if name not in _TRAINED_ON or not own.exists():
             return {stage.kind: own}
-        config = read_summary(own)["config"]
-        others = {kind: config[key] for kind, key in _TRAINED_ON[name].items() if config[key]}
+        config, lineage = (read_summary(own)[part] for part in ("config", "lineage"))
+        # a Talker without the Thinker's states was made from no Thinker, whatever its configuration names
+        others = {kind: config[key] for kind, key in _TRAINED_ON[name].items() if lineage.get(kind)}
         return {stage.kind: own, **{kind: Path(path) for kind, path in others.items()}}
 
     def data(self, kind: str) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _speaker(inputs: dict[str, Path]) -> tuple[SpeechModel, Mind | None, AudioEn
     from omni.load import load_audio_encoder, load_speech, load_thinker
 
     model = load_speech(inputs["talker"])
-    mind = load_thinker(inputs["thinker"]) if model.config.talker.state_dim else None
+    mind = load_thinker(inputs["thinker"]) if "thinker" in inputs else None
     return model, mind, load_audio_encoder(inputs["audio_enc"])
 
 
