@@ -158,7 +158,7 @@ def _training_table(records: Sequence[StageRecord], seconds: dict[str, float]) -
         summary = record.summary
         millions = sum(summary["parameters"].values()) / 1e6
         seen = ", ".join(f"{unit.partition('.')[2]} {count:,}" for unit, count in summary["seen"].items())
-        wall = seconds.get(record.stage.kind)
+        wall = seconds.get(record.stage.prefix)
         rows.append((
             f"{record.stage.letter} {record.stage.title}", f"{millions:.1f} M", f"{summary['total_step']:,}", seen,
             str(summary["skipped"]), f"{summary['seconds']:.0f} s", f"{wall:.0f} s" if wall else "-",

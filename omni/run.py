@@ -22,7 +22,7 @@ from omni.atomic import write_whole
 from omni.config import UserError
 from omni.exchange import Exchange
 from omni.report import Figures, results_table, write_report
-from omni.stages import JUDGE, STAGES, StageInfo, read_raw_config
+from omni.stages import STAGES, StageInfo, read_raw_config, stages_of
 from omni.summary import DamagedCheckpointError, fingerprint, read_summary
 
 _ROOT = Path(__file__).parent.parent  # the stage scripts stand beside the package
@@ -115,21 +115,18 @@ def run(size: str, dry_run: bool = False) -> int:
 
 def plan(size: str, folder: RunFolder) -> list[Step]:
     """All steps of a run, in order."""
-    configs = [read_raw_config(stage.config_path(size)) for stage in STAGES]
+    stages = stages_of(size)
+    configs = [read_raw_config(stage.config_path(size)) for stage in stages]
     world = Path("data") / size / "world.json"
     steps = [
         Step("data", f"data: the micro-world in {world.parent}", lambda: _world_is_whole(world),
              command=_omni("data", "synth", "--size", size, "--out", "data")),
     ]  # fmt: skip
-    for stage, values in zip(STAGES, configs, strict=True):
+    for stage, values in zip(stages, configs, strict=True):
         command = [sys.executable, str(_script(stage)), "--config", str(stage.config_path(size))]
         title = f"stage {stage.letter}, {stage.title}"
         complete = _stage_check(stage, size, values)
-        steps.append(Step(stage.kind, title, complete, _hash_of(stage, size), command))
-    if JUDGE.config_path(size).exists():
-        command = [sys.executable, str(_script(JUDGE)), "--config", str(JUDGE.config_path(size))]
-        complete = _stage_check(JUDGE, size, read_raw_config(JUDGE.config_path(size)))
-        steps.append(Step("judge", f"judge: {JUDGE.title}", complete, _hash_of(JUDGE, size), command))
+        steps.append(Step(stage.prefix, title, complete, _hash_of(stage, size), command))
     steps.append(
         Step("evaluation", "evaluation on held-out data",
              lambda: folder.done_with("evaluation", _hashes(size), "eval.json"), lambda: _hashes(size),
@@ -198,14 +195,12 @@ def _stage(kind: str) -> StageInfo:
 
 
 def _hash_of(stage: StageInfo, size: str) -> Callable[[], dict[str, str]]:
-    return lambda: {stage.kind: fingerprint(stage.checkpoint(size))}
+    return lambda: {stage.prefix: fingerprint(stage.checkpoint(size))}
 
 
 def _hashes(size: str) -> dict[str, str]:
-    paths = {stage.kind: stage.checkpoint(size) for stage in STAGES}
-    if JUDGE.config_path(size).exists():
-        paths["judge"] = JUDGE.checkpoint(size)
-    return {kind: fingerprint(path) for kind, path in paths.items() if path.exists()}
+    paths = {stage.prefix: stage.checkpoint(size) for stage in stages_of(size)}
+    return {name: fingerprint(path) for name, path in paths.items() if path.exists()}
 
 
 # ---- doing it ----

@@ -76,6 +76,11 @@ STAGES = (
 JUDGE = StageInfo("J", "train_audio_enc.py", "judge", "audio_enc", (), (), "a second recognizer that only grades")
 
 
+def stages_of(size: str) -> tuple[StageInfo, ...]:
+    """The stages of a size in the order of training, with the judge where the size has a configuration for it."""
+    return (*STAGES, JUDGE) if JUDGE.config_path(size).exists() else STAGES
+
+
 def read_raw_config(path: Path) -> dict[str, Any]:
     """A configuration file as plain values; the stage script checks them.
 

@@ -273,11 +273,11 @@ def free_sentence(world: World, rng: random.Random, shortest: int = 1) -> str:
 
 
 def free_word(world: World, rng: random.Random) -> str:
-    """Draw a word; where all of the lexicon is spoken, a third are made up.
+    """Draw a word; where all of the lexicon is spoken, half are made up.
 
     Who has heard words that do not exist can spell, and speak, words that were never heard.
     """
-    if world.made_up_words and rng.random() < 0.33:
+    if world.made_up_words and rng.random() < 0.5:
         return made_up_word(world, rng)
     return rng.choice(world.words)
 

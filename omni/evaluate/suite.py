@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omni.config import DataConfig, RunConfig, UserError, data_rules
 from omni.console import log
-from omni.stages import JUDGE, STAGES, StageInfo
+from omni.stages import JUDGE, STAGES, StageInfo, stages_of
 from omni.summary import read_summary
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _judge(size: str) -> AudioEncoder | None:
     """The judge of a size, where it has one and it is trained."""
     from omni.load import load_audio_encoder
 
-    if not JUDGE.config_path(size).exists() or not JUDGE.checkpoint(size).exists():
+    if JUDGE not in stages_of(size) or not JUDGE.checkpoint(size).exists():
         return None
     return load_audio_encoder(JUDGE.checkpoint(size))
 
