@@ -37,7 +37,7 @@ _LEVEL = 0.08
 _CENTRE, _SPREAD = -2.2, 3.0
 # libsndfile's length of a FLAC that was written to a pipe, whose header does not say; read in blocks of samples
 _UNKNOWN_LENGTH, _BLOCK = 2**62, 2**16
-GRIFFIN_LIM_ITERATIONS = 32  # 8 leave a difference between mel frames of 0.099 (log scale), 32 one of 0.076
+GRIFFIN_LIM_ITERATIONS = 16  # mel frames of the sound differ by 0.100 (log scale) after 8, 0.085 after 16, 0.076 after 32
 SILENCE = (math.log(1e-5) - _CENTRE) / _SPREAD  # normalized log-mel of digital silence
 
 

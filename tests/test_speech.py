@@ -191,7 +191,7 @@ def test_griffin_lim_streams(model: SpeechModel) -> None:
     parts = [stream.push(x[at : at + 12], at + 12 >= 400) for at in range(0, 400, 12)]
     torch.testing.assert_close(torch.cat(parts), speaks.waveforms(x[None])[0])
     sizes = [len(part) // 160 for part in parts if len(part)]
-    assert sum(len(part) > 0 for part in parts[:12]) == 3 and sizes[1] >= sizes[0] and max(sizes[:-1]) >= 99
+    assert len(parts[3]) == 0 < len(parts[4]) and sizes[1] >= sizes[0] and max(sizes[:-1]) >= speaks.vocoder_look_ahead
     # mel frames differ in their last bits, which can turn the phase of a bin that holds next to nothing: 40 dB below
     whole = speak(speaks, TEXTS[2:3], voice()[None])[0].wave
     streamed = torch.cat(list(stream_speech(speaks, TEXTS[2:3], voice())))
