@@ -12,13 +12,14 @@ Evaluated by: word error rate of unseen sentences, in seen and in unseen voices 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from omni.config import PhaseConfig, RowsDataConfig, StageConfig, to_dict
+from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, to_dict
 from omni.data.parts import read_parts
-from omni.data.speech import SpeechBatch, Transcribed, scan_speech_manifest
+from omni.data.speech import Augmentation, SpeechBatch, Transcribed, scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.audio_enc import Recognition
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig, ctc_loss_sum, transcripts
@@ -33,6 +34,13 @@ class SpeechData(RowsDataConfig):
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`
     test_voices: str | None = None  # unseen voices
     spec_augment: bool = True
+    warp: float = 0.0  # up to this share longer or shorter, higher or lower: for few recordings, or few voices
+
+    def problems(self) -> Iterator[Problem]:
+        """Stretches that leave no speech."""
+        yield from super().problems()
+        if not 0 <= self.warp < 0.5:
+            yield Problem("warp", str(self.warp), "a share from 0 to below 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,8 @@ def build(config: AudioConfig, precision: Precision) -> Run:
 
     def train() -> Stage:
         steps, mel, data = encoder.num_steps, config.model.mel, config.data
-        training = Transcribed(parts.training, mel, steps, data.spec_augment, "training", data)
-        validation = Transcribed(parts.validation, mel, steps, False, "validation", data)
+        training = Transcribed(parts.training, mel, steps, Augmentation(data.spec_augment, data.warp), "training", data)
+        validation = Transcribed(parts.validation, mel, steps, Augmentation(), "validation", data)
 
         def evaluate(model: AudioEncoder) -> dict[str, float]:
             total, characters = 0.0, 0

@@ -37,7 +37,9 @@ _LEVEL = 0.08
 _CENTRE, _SPREAD = -2.2, 3.0
 # libsndfile's length of a FLAC that was written to a pipe, whose header does not say; read in blocks of samples
 _UNKNOWN_LENGTH, _BLOCK = 2**62, 2**16
-GRIFFIN_LIM_ITERATIONS = 16  # mel frames of the sound differ by 0.100 (log scale) after 8, 0.085 after 16, 0.076 after 32
+GRIFFIN_LIM_ITERATIONS = (
+    16  # mel frames of the sound differ by 0.100 (log scale) after 8, 0.085 after 16, 0.076 after 32
+)
 SILENCE = (math.log(1e-5) - _CENTRE) / _SPREAD  # normalized log-mel of digital silence
 
 
@@ -247,6 +249,26 @@ def spec_augment(frames_FM: torch.Tensor, rng: np.random.Generator, num_masks: i
         start, size = int(rng.integers(0, M)), int(rng.integers(0, M // 6 + 1))
         masked[:, start : start + size] = 0
     return masked
+
+
+def warp(frames_FM: torch.Tensor, rng: np.random.Generator, share: float, least: int) -> torch.Tensor:
+    """Another speaker and another pace: frames stretched in time and in frequency, by factors of 1 +- ``share`` each.
+
+    Speed perturbation (Ko et al., 2015) and vocal tract length perturbation (Jaitly and Hinton, 2013) on the mel axis.
+
+    Args:
+        frames_FM: log-mel frames.
+        rng: random numbers of the sample's own.
+        share: of the largest change.
+        least: frames that must be left, for a transcript to fit.
+    """
+    pace, pitch = rng.uniform(1 - share, 1 + share, 2)
+    num_frames, num_mels = frames_FM.shape
+    size = max(round(num_frames * pace), min(least, num_frames))
+    stretched_MF = nn.functional.interpolate(frames_FM.T[None], size=size, mode="linear")[0]
+    place_M = (torch.arange(num_mels) * pitch).clamp(max=num_mels - 1)
+    below_M = place_M.floor().long().clamp(max=num_mels - 2)
+    return torch.lerp(stretched_MF[below_M], stretched_MF[below_M + 1], (place_M - below_M)[:, None].float()).T
 
 
 def forced_align(log_probs_FV: torch.Tensor, targets: list[int], blank: int) -> list[tuple[int, int]]:

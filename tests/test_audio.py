@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from omni.audio import MelConfig, forced_align, griffin_lim, load_audio, log_mel, save_wav, spec_augment
+from omni.audio import MelConfig, forced_align, griffin_lim, load_audio, log_mel, save_wav, spec_augment, warp
 from omni.config import UserError
 
 
@@ -117,6 +117,22 @@ def test_augmentation_masks_and_leaves_the_original() -> None:
     masked = spec_augment(original, np.random.default_rng(0), 2, 40)
     assert torch.equal(original, kept) and 0 < (masked == 0).float().mean() < 0.7
     assert torch.equal(masked, spec_augment(original, np.random.default_rng(0), 2, 40))
+
+
+def test_warping_stretches_in_time_and_frequency() -> None:
+    frames = torch.zeros(100, 80)
+    frames[40:60, 30] = 1.0
+    kept, sizes, bands = frames.clone(), set(), set()
+    for seed in range(30):
+        found = warp(frames, np.random.default_rng(seed), 0.2, least=90)
+        assert torch.equal(found, warp(frames, np.random.default_rng(seed), 0.2, least=90))
+        sizes.add(len(found))
+        bands.add(int(found.sum(0).argmax()))
+        loud = (found.sum(1) > 0.1).nonzero()
+        assert 0.35 < float(loud[0]) / len(found) < 0.42 and 0.57 < float(loud[-1]) / len(found) < 0.65
+    assert torch.equal(frames, kept) and min(sizes) == 90 and 110 < max(sizes) <= 120
+    assert 25 <= min(bands) <= 26 and 35 <= max(bands) <= 38
+    assert torch.allclose(warp(frames, np.random.default_rng(0), 0.0, least=0), frames)
 
 
 def test_forced_alignment_finds_the_symbols() -> None:

@@ -18,7 +18,7 @@ from omni.audio import MelConfig, load_audio, recording_seconds
 from omni.config import DataConfig, UserError
 from omni.data.dialogue import read_chats
 from omni.data.images import Pictures, load_image, read_image_manifest, read_image_size
-from omni.data.speech import Recordings, Transcribed, read_speech_manifest
+from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_manifest
 from omni.files import describe_content
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -166,7 +166,7 @@ def test_bad_recordings_are_all_listed_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.csv:3: .*found NaN or Inf(.|\n)*x\.csv:5: .*cut off"):
         Recordings(rows, MelConfig())
     skip = DataConfig(on_bad_sample="skip", max_bad_fraction=0.5)
-    found = Transcribed(rows, MelConfig(), lambda frames: frames, False, "training", skip)
+    found = Transcribed(rows, MelConfig(), lambda frames: frames, Augmentation(), "training", skip)
     assert [found.sample(index, None)[2] for index in range(len(found))] == ["one", "three"]
     assert found.recordings.left_out == 2
     assert len(found.symbols) == 2 and found.sample(1, None)[1] == found.symbols[1]

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from omni.audio import MelConfig
 from omni.config import RowsDataConfig, UserError
 from omni.data.parts import read_parts
-from omni.data.speech import Recordings, read_speech_manifest, scan_speech_manifest
+from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_manifest, scan_speech_manifest
 from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
+from omni.tokenizer import needed_steps
 from tests.conftest import ROOT, command, metrics
 
 SCRIPT = ROOT / "train_audio_enc.py"
@@ -102,6 +106,22 @@ def test_rows_of_several_manifests(babble: Path) -> None:
     assert len(with_file) == 20 and len(held_out) == 10
     with pytest.raises(UserError, match=r"two\.csv:2: the same file as .*two\.csv:2"):
         parts(also_train=(two,), val=two)
+
+
+def test_warped_utterances_still_hold_their_text(babble: Path) -> None:
+    rows = read_speech_manifest(babble / "asr.csv")
+    plain = Transcribed(rows, MelConfig(), lambda frames: frames, Augmentation(), "training")
+    pairs = zip(plain.recordings.num_frames, plain.symbols, strict=True)
+    each = min(frames // needed_steps(symbols) for frames, symbols in pairs)  # as many frames a step as can be
+    found = Transcribed(rows, MelConfig(), lambda frames: frames // each, Augmentation(warp=0.4), "training")
+    shortest = []
+    for index in range(len(found)):
+        needed = needed_steps(found.symbols[index])
+        sizes = [len(found.sample(index, np.random.default_rng(seed))[0]) for seed in range(20)]
+        assert min(sizes) // each >= needed
+        shortest.append(min(sizes) // each == needed)
+    assert any(shortest)  # the limit was met
+    assert torch.equal(found.sample(0, None)[0], found.recordings.frames(0))  # not in validation
 
 
 def test_utterances_too_short_for_their_text_are_counted(babble: Path, tmp_path: Path, write_config: Write) -> None:

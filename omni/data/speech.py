@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from omni.audio import MelConfig, load_audio, log_mel, recording_seconds, spec_augment
+from omni.audio import MelConfig, load_audio, log_mel, recording_seconds, spec_augment, warp
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, Manifest, Row, manifest_of, scan_csv, settle
 from omni.data.stream import Batch, pad_to
@@ -122,6 +123,13 @@ def read_speech_manifest(path: str | Path, rules: DataConfig = RULES) -> list[Ro
     return scan_speech_manifest(path, rules).usable(rules)
 
 
+class Augmentation(NamedTuple):
+    """How training changes what it hears: masked bands (SpecAugment), and the share by which frames are warped."""
+
+    masks: bool = False
+    warp: float = 0.0
+
+
 class Transcribed:
     """Recordings and the characters that CTC shall find in them.
 
@@ -134,7 +142,7 @@ class Transcribed:
         rows: Sequence[Row],
         mel: MelConfig,
         num_steps: Callable[[int], int],
-        augment: bool,
+        augment: Augmentation,
         name: str,
         rules: DataConfig = RULES,
     ) -> None:
@@ -158,6 +166,7 @@ class Transcribed:
         self.recordings.only(kept)
         self.symbols = [everything[index] for index in kept]
         self.augment = augment
+        self._num_steps = num_steps
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -172,11 +181,18 @@ class Transcribed:
         return self.recordings.rows[index].where
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, list[int], str]:
-        """Frames [F, M], masked by SpecAugment in training, symbols, and the transcript as written."""
-        frames = self.recordings.frames(index)
-        if rng is not None and self.augment:
+        """Frames [F, M], changed at random in training, symbols, and the transcript as written."""
+        frames, symbols = self.recordings.frames(index), self.symbols[index]
+        if rng is not None and self.augment.warp:
+            frames = warp(frames, rng, self.augment.warp, self._least_frames(index))
+        if rng is not None and self.augment.masks:
             frames = spec_augment(frames, rng, num_masks=2, width=16)
-        return frames, self.symbols[index], str(self.recordings.rows[index].values["text"])
+        return frames, symbols, str(self.recordings.rows[index].values["text"])
+
+    def _least_frames(self, index: int) -> int:
+        """Frames that the transcript of an utterance needs; it has them."""
+        needed, num_frames = needed_steps(self.symbols[index]), self.recordings.num_frames[index]
+        return bisect.bisect_left(range(num_frames), needed, key=self._num_steps)
 
     def collate(self, samples: list[Any]) -> SpeechBatch:
         """Pad frames to a multiple of 32, so that the CPU sees few shapes."""
