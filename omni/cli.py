@@ -44,6 +44,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quiet", action="store_true", help="print no table")
     evaluate.set_defaults(function=_evaluate)
 
+    look = commands.add_parser("inspect", help="what a checkpoint, a run or a folder of runs is; also while it trains")
+    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, a run's save_dir, or checkpoints/")
+    look.add_argument("--health", action="store_true", help="load the weights: norms, dead units and codes, changes")
+    look.add_argument("--json", action="store_true", help="print one JSON object instead")
+    look.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
+    look.set_defaults(function=_inspect)
+
+    against = commands.add_parser("compare", help="what differs between runs, and whether by more than chance")
+    against.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="a save_dir, a runs/<size>, or a file of `omni eval --json`; all are held against the first",
+    )  # fmt: skip
+    against.add_argument("--json", action="store_true", help="print one JSON object instead")
+    against.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
+    against.set_defaults(function=_compare)
+
     speak = commands.add_parser("speak", help="speak a text into a WAV file")
     speak.add_argument("text", metavar="TEXT", help="what to say")
     speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
@@ -99,6 +115,38 @@ def _evaluate(words: argparse.Namespace) -> int:
     for line in results.missing:
         print(line, file=sys.stderr)
     return 1 if results.missing else 0
+
+
+def _inspect(words: argparse.Namespace) -> int:
+    from omni.inspection.plain import inspection_values
+    from omni.inspection.runs import inspect
+    from omni.inspection.text import inspection_text
+
+    found = inspect(words.path)
+    text, values, healthy = inspection_text(found), inspection_values(found), True
+    health = ""
+    if words.health:
+        from omni.inspection.health import folder_health
+
+        health, values["health"], healthy = folder_health(found)
+        text += f"\n\n{health}"
+    if words.html is not None:
+        from omni.inspection.html import inspection_page
+
+        write_whole(words.html, inspection_page(found, health).encode())
+    print(json.dumps(values, indent=1, allow_nan=False) if words.json else text)
+    return 0 if healthy else 1
+
+
+def _compare(words: argparse.Namespace) -> int:
+    from omni.inspection.comparison import compare
+    from omni.inspection.comparison_view import comparison_page, comparison_text, comparison_values
+
+    found = compare(words.runs)
+    if words.html is not None:
+        write_whole(words.html, comparison_page(found).encode())
+    print(json.dumps(comparison_values(found), indent=1, allow_nan=False) if words.json else comparison_text(found))
+    return 0
 
 
 def _speak(words: argparse.Namespace) -> int:

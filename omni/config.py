@@ -173,6 +173,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def changed_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration that have no default, or another value than their default."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from changed_keys(value, f"{prefix}{item.name}.")
+        elif value != (item.default_factory() if callable(item.default_factory) else item.default):
+            yield f"{prefix}{item.name}"
+
+
 def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     """Build the dataclass ``cls`` from plain values.
 

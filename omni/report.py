@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import importlib.metadata
-import io
-import json
 import os
 import platform
 import time
@@ -15,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni.curves import curve, phases_of, read_metrics, svg_plots
 from omni.exchange import Exchange
+from omni.page import page, table
 from omni.stages import STAGES, StageInfo
 from omni.summary import read_summary
 
@@ -87,14 +87,6 @@ def stage_records(size: str) -> list[StageRecord]:
     return found
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a line that is still being written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
 def machine() -> str:
     """The machine and the versions that made the figures."""
     packages = ", ".join(
@@ -131,16 +123,8 @@ def write_report(
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(_PAGE.replace("BODY", "\n".join(parts)), encoding="utf-8")
+    temporary.write_text(page("μOmni", parts), encoding="utf-8")
     temporary.replace(path)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>{line(head, "th")}\n{body}</table></div>'
 
 
 def _figures_table(figures: Figures) -> str:
@@ -149,7 +133,7 @@ def _figures_table(figures: Figures) -> str:
         other = _BESIDE.get(f"{stage}.{name}")
         beside = f"{other} {number(figures[stage][other]['value'])}" if other and other in figures[stage] else ""
         rows.append((stage, name, value, interval, n, beside))
-    return _table(("stage", "figure", "value", "95 % interval", "n", "beside"), rows)
+    return table(("stage", "figure", "value", "95 % interval", "n", "beside"), rows)
 
 
 def _training_table(records: Sequence[StageRecord], seconds: dict[str, float]) -> str:
@@ -166,37 +150,15 @@ def _training_table(records: Sequence[StageRecord], seconds: dict[str, float]) -
         ))  # fmt: skip
     others = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name in ("data", "evaluation"))
     head = ("stage", "parameters", "steps", "seen", "skipped", "in steps", "in all", "checkpoint")
-    return _table(head, rows) + f"<p>{html.escape(others)}</p>"
+    return table(head, rows) + f"<p>{html.escape(others)}</p>"
 
 
 def _curves(record: StageRecord) -> str:
     """Training and validation loss of every phase of a stage, as an SVG in the page."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    phases = list(dict.fromkeys(line["phase"] for line in record.metrics))
-    if not phases:
-        return ""
-    picture, axes = pyplot.subplots(1, len(phases), figsize=(4.2 * len(phases), 2.6), squeeze=False)
-    for axis, phase in zip(axes[0], phases, strict=True):
-        for event, style in (("train", "-"), ("val", "o-")):
-            lines = [item for item in record.metrics if (item["phase"], item["event"]) == (phase, event)]
-            points = [(item["step"], item["loss"]) for item in lines if "loss" in item]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=event, markersize=3, linewidth=1)
-        axis.set_title(f"{record.stage.letter}: {phase}", fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel("loss", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=7)
-    buffer = io.StringIO()
-    picture.tight_layout()
-    picture.savefig(buffer, format="svg")
-    pyplot.close(picture)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return svg_plots([
+        (f"{record.stage.letter}: {phase}", [curve(record.metrics, phase, event) for event in ("train", "val")])
+        for phase in phases_of(record.metrics)
+    ])  # fmt: skip
 
 
 def _exchange(exchange: Exchange) -> str:
@@ -224,19 +186,3 @@ def _embedded(path: Path, kind: str) -> str | None:
     if not path.is_file() or path.stat().st_size > _LARGEST_MEDIA:
         return None
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>μOmni</title><link rel="icon" href="data:,">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; color: #222; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-td, th { border-bottom: 1px solid #ddd; padding: .2rem .7rem .2rem 0; text-align: left; }
-section { border-left: 3px solid #ddd; padding-left: 1rem; margin: 1rem 0; } h3 { margin: 0; font-size: 1rem; }
-img { width: 128px; image-rendering: pixelated; } svg, audio { max-width: 100%; height: auto; }
-audio { height: 2.5rem; } .right b { color: #176f2c; } .other b { color: #9a3412; }
-</style></head><body>
-BODY
-</body></html>
-"""

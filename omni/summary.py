@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from omni.config import UserError
 
 FORMAT = 1
 MEMBER = "omni.json"
+_LARGEST_SUMMARY = 16 << 20  # bytes; ours have kilobytes, a hostile one could unpack to more than the memory
+_LARGEST_DIRECTORY = 8 << 20  # bytes; about a hundred a tensor
 
 
 class DamagedCheckpointError(UserError):
@@ -47,8 +51,12 @@ def read_summary(path: str | Path) -> dict[str, Any]:
         UserError: when there is no such file.
     """
     try:
+        _refuse_crowd(path)
         with zipfile.ZipFile(path) as archive:
-            summary = json.loads(archive.read(next(name for name in archive.namelist() if is_summary(name))))
+            member = next(item for item in archive.infolist() if is_summary(item.filename))
+            if member.file_size > _LARGEST_SUMMARY:
+                raise ValueError(f"its {MEMBER} would have {member.file_size:,} bytes")
+            summary = json.loads(archive.read(member))
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except StopIteration:
@@ -58,6 +66,22 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     if not isinstance(summary, dict) or summary.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path}: not a μOmni checkpoint of format {FORMAT}")
     return summary
+
+
+def _refuse_crowd(path: str | Path) -> None:
+    """Raise ValueError when a zip archive says that its directory, which is read as a whole, is larger than ours."""
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 22 - 0xFFFF - 20))
+        tail = file.read()
+        place = tail.rfind(b"PK\5\6")
+        if place < 0:
+            return  # not an archive: the reader says so
+        (size,) = struct.unpack_from("<I", tail, place + 12)
+        if size == 0xFFFFFFFF and tail[place - 20 : place - 16] == b"PK\6\7":  # the size is in the larger record
+            file.seek(struct.unpack_from("<Q", tail, place - 12)[0] + 40)
+            (size,) = struct.unpack("<Q", file.read(8))
+    if size > _LARGEST_DIRECTORY:
+        raise ValueError(f"its directory would have {size:,} bytes")
 
 
 def fingerprint(path: str | Path) -> str:

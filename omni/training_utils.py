@@ -25,7 +25,7 @@ import torch
 from omni.anomaly import AnomalyWatch
 from omni.checkpoint import claim_folder
 from omni.command_line import read_command_line
-from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, to_dict
+from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, changed_keys, to_dict
 from omni.console import log, user_errors
 from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
 from omni.optim import build_optimizer, get_lr_scheduler, restore_optimizer, trainable_parameters
@@ -357,6 +357,7 @@ class Loop:
             "precision": self.precision.name,
             "figures": state.figures,
             "config": to_dict(self.config),
+            "changed": list(changed_keys(self.config)),
         }
 
     def _on_signal(self, number: int, frame: Any) -> None:
