@@ -10,7 +10,7 @@ from typing import Any
 
 from omni.config import UserError
 from omni.curves import Curve, curve, is_number, phases_of
-from omni.inspection.chance import Difference, curve_difference, figure_difference, judged
+from omni.inspection.chance import SEED_SPREAD, Difference, curve_difference, figure_difference, judged
 from omni.inspection.facts import flat
 from omni.inspection.runs import RunRecord, inspect
 from omni.stages import STAGES, read_raw_config
@@ -221,11 +221,11 @@ def _curves(contestants: Sequence[Contestant]) -> tuple[dict[str, list[Curve]], 
                 if found:
                     title = f"{kind}, {phase}: {words}"
                     shown[title] = [entry[2] for entry in found]
-                    verdicts += _curve_verdicts(title, found)
+                    verdicts += _curve_verdicts(title, found, SEED_SPREAD[event])
     return shown, verdicts
 
 
-def _curve_verdicts(title: str, found: Sequence[tuple[Contestant, RunRecord, Curve]]) -> list[Verdict]:
+def _curve_verdicts(title: str, found: Sequence[tuple[Contestant, RunRecord, Curve]], spread: float) -> list[Verdict]:
     """The first run's recipe against every other one, and against its own other seeds one by one."""
     groups: dict[str, list[tuple[Contestant, Curve]]] = {}
     for item, run, line in found:
@@ -234,10 +234,10 @@ def _curve_verdicts(title: str, found: Sequence[tuple[Contestant, RunRecord, Cur
     verdicts = []
     for group in others:
         rest = [[line for _, line in other] for other in others if other is not group]
-        verdicts.append(_curve_verdict(title, first, group, rest))
+        verdicts.append(_curve_verdict(title, first, group, spread, rest))
     for one in first[1:]:
         rest = [[line for _, line in other] for other in others]
-        verdicts.append(_curve_verdict(title, first[:1], [one], rest, seed_alone=True))
+        verdicts.append(_curve_verdict(title, first[:1], [one], spread, rest, seed_alone=True))
     return verdicts
 
 
@@ -245,13 +245,14 @@ def _curve_verdict(
     title: str,
     first: Sequence[tuple[Contestant, Curve]],
     second: Sequence[tuple[Contestant, Curve]],
+    spread: float,
     rest: Sequence[Sequence[Curve]],
     seed_alone: bool = False,
 ) -> Verdict:
     sides = [[line for _, line in side] for side in (first, second)]
     letters = ["".join(item.letter for item, _ in side) for side in (first, second)]
     ends = [" ".join(f"{line.values[-1]:.4g}" for line in side) for side in sides]
-    difference = curve_difference(sides[0], sides[1], rest)
+    difference = curve_difference(sides[0], sides[1], spread, rest)
     return Verdict(title, letters[0], letters[1], (ends[0], ends[1]), difference, seed_alone)
 
 

@@ -95,9 +95,10 @@ def summary(found: Comparison) -> str:
     lines = [f"{larger} of {len(found.verdicts)} differences are larger than chance, all of them looked at together."]
     if any(item.name in found.curves for item in found.verdicts):
         if max(len(item.first) + len(item.second) for item in found.verdicts) == 2:
+            val, train = (f"{100 * SEED_SPREAD[event]:.0f} %" for event in ("val", "train"))
             lines.append(
-                f"One run a recipe: seeds are assumed to differ by {100 * SEED_SPREAD:.0f} % in loss. "
-                "Give runs of other seeds to measure it."
+                f"One run a recipe: seeds are assumed to differ by {val} in validation loss and {train} in training "
+                "loss. Give runs of other seeds to measure it."
             )
         else:
             lines.append("Runs that differ by their seed alone are one recipe: they say how far seeds lie apart.")

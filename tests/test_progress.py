@@ -1,0 +1,45 @@
+"""What a run says while it trains: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.test_training_loop import CONFIG
+
+
+def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(CONFIG))
+    words = [sys.executable, "-m", "tests.toy", "--config", str(tmp_path / "toy.json"), "--save_dir"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
+    with (tmp_path / "log.txt").open("wb") as log:
+        code = subprocess.run(
+            [*words, str(tmp_path / "a")], cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=280
+        ).returncode
+    said = (tmp_path / "log.txt").read_bytes()
+    assert code == 0 and b"\r" not in said and b"\x1b" not in said and b"\b" not in said
+    lines = said.decode().splitlines()
+    assert sum(bool(re.match(r"step \d+/12 \| loss [\d.]+ \| lr ", line)) for line in lines) == 12
+    assert sum(bool(re.match(r"step \d+/\d+ \| validation: loss", line)) for line in lines) == 5
+    assert all(re.search(r"\| \d+:\d\d left$", line) for line in lines if line.startswith("step "))
+    assert max(map(len, lines)) < 200
+
+    # the same run on a terminal rewrites one line: what the log must not hold
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([*words, str(tmp_path / "b")], cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            shown += block
+    except OSError:  # Linux: the last one has closed the terminal
+        pass
+    os.close(ours)
+    assert child.wait(280) == 0
+    assert shown.replace(b"\r\n", b"").count(b"\r") > 12 and b"12/12" in shown and b"grad" in shown
