@@ -56,7 +56,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     keys = (("phase", str), ("step", int), ("event", str))
     fits = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in keys)
-    return found if fits else None
+    return found if fits and abs(found["step"]) < 1e15 else None
 
 
 def curve(metrics: Sequence[dict[str, Any]], phase: str, event: str, figure: str = "loss", label: str = "") -> Curve:
@@ -127,7 +127,7 @@ def falls_far(curves: Sequence[Curve]) -> bool:
 
 def _letter(index: int, curve: Curve, number: int) -> str:
     """What marks a curve: nothing where it is the only line."""
-    if number <= 2 and not curve.sparse and index == 0:
+    if number <= 2 and index == 0 and not curve.sparse and len(curve.steps) > 1:
         return ""
     return "o" if number <= 2 else chr(ord("a") + index % 26)
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 def page(title: str, parts: Sequence[str]) -> str:
     """A whole page from pieces of HTML, readable on a desktop and on a phone; it asks for no other file."""
-    return _PAGE.replace("BODY", "\n".join(parts), 1).replace("TITLE", html.escape(title), 1)  # the title stands first
+    # the title stands before the body, and what no page can hold, such as half a character of a file's name, is a "?"
+    whole = _PAGE.replace("BODY", "\n".join(parts), 1).replace("TITLE", html.escape(title), 1)
+    return whole.encode("utf-8", "replace").decode("utf-8")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

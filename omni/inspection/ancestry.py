@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omni.config import UserError, short_json
+from omni.files import file_problem
 from omni.inspection.facts import CheckpointFile, read_checkpoint
 
 # the checkpoints that a stage is built on: their names in a lineage, and the keys of the configuration with their paths
@@ -82,7 +83,7 @@ def _same(found: CheckpointFile, known: Sequence[CheckpointFile], depth: int) ->
 def _places(path: str, child: CheckpointFile) -> Iterator[Path]:
     """Where an input may stand: as the configuration has it, or beside the run when all of them were moved."""
     here, beside = Path(path), child.path.absolute().parent.parent / Path(*Path(path).parts[-2:])
-    yield from (place for place in dict.fromkeys((here, beside)) if place.exists() or place.is_symlink())
+    yield from (place for place in dict.fromkeys((here, beside)) if file_problem(place) != "no such file")
 
 
 def _data(lineage: dict[str, Any]) -> list[tuple[str, str]]:

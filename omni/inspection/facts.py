@@ -11,6 +11,8 @@ from omni.files import file_problem
 from omni.stages import JUDGE, STAGES, StageInfo
 from omni.summary import read_summary
 
+_LARGEST = 10**18  # of what is counted; beyond it, numbers are damage
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -43,6 +45,7 @@ class CheckpointFile:
 
     path: Path
     num_bytes: int
+    written: float  # seconds since 1970
     facts: Facts
 
     @property
@@ -78,14 +81,18 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     known = {key: value for key, value in summary.items() if key in Facts.__dataclass_fields__}
     try:
         facts = from_dict(Facts, known, "its summary")
-    except UserError as error:
+    except (UserError, OverflowError) as error:
         first, *more = str(error).split("\n")
         raise UserError(f"{path}: {first}" + (f" and {len(more)} more" if more else "")) from None
+    numbers = [facts.step, facts.max_steps, facts.total_step, facts.skipped]
+    if max(map(abs, [*numbers, *facts.seen.values(), *facts.parameters.values()])) > _LARGEST:
+        raise UserError(f"{path}: its summary: found a number of more than {_LARGEST:,}, expected counts")
     if not isinstance(facts.config.get("name"), str):
         raise UserError(f"{path}: its summary: config.name: found none, expected the configuration's name")
     if facts.phase not in facts.phases:
         raise UserError(f"{path}: its summary: phase: found {facts.phase!r}, expected one of phases")
-    return CheckpointFile(path, path.stat().st_size, facts)
+    found = path.stat()
+    return CheckpointFile(path, found.st_size, found.st_mtime, facts)
 
 
 # ---- as people say it ----
@@ -113,7 +120,7 @@ def _seconds_of_audio(facts: Facts, phase: str, unit: str) -> float | None:
             return float(frame * facts.config["data"]["vocoder_frames"])
         # the Talker counts frames of codes, all others frames of the spectrogram
         return float(frame * (facts.model_config["codec"]["reduction"] if phase == "talker" else 1))
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError, ZeroDivisionError, OverflowError):
         return None
 
 

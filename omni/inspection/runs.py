@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from omni.config import UserError
 from omni.curves import is_number, phases_of, read_metrics
-from omni.files import shown
+from omni.files import file_problem, shown
 from omni.inspection.facts import CheckpointFile, config_differences, read_checkpoint
 from omni.stages import read_raw_config
 
@@ -74,7 +74,7 @@ class RunRecord:
             return None
         name = f"{self.shown.name}.json"
         places = (folder / "configs" / name for folder in (Path(), _ROOT) if Path(name).name == name)
-        return next((path for path in places if path.is_file()), None)
+        return next((path for path in places if not file_problem(path)), None)
 
     def differences(self) -> list[tuple[str, Any, Any]]:
         """What the configuration says that the shipped one does not: ``(key, shipped, here)``."""

@@ -141,7 +141,7 @@ def facts_rows(run: RunRecord, alone: bool) -> list[tuple[str, str]]:
         return []
     shown, facts = run.shown, run.shown.facts
     phases = f", phase {facts.phases.index(facts.phase) + 1} of {len(facts.phases)}" if len(facts.phases) > 1 else ""
-    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(shown.path.stat().st_mtime)) if shown.path.exists() else ""
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(shown.written))
     parts = sorted(facts.parameters.items(), key=lambda item: -item[1])
     total = sum(facts.parameters.values())
     weights = "fp32 weights" if facts.precision == "fp32" else f"fp32 weights, computed in {facts.precision}"
