@@ -26,12 +26,19 @@ class Curve:
         steps: where it was measured.
         values: what was measured, finite.
         sparse: measured now and then: shown as points too.
+        mark: one letter on the curve where there are no colours; "" is a plain line.
     """
 
     label: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
     sparse: bool = False
+    mark: str = ""
+
+    @property
+    def legend(self) -> str:
+        """What the curve is, after its mark."""
+        return f"{self.mark or 'line'}: {self.label}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,15 +66,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return found if fits and abs(found["step"]) < 1e15 else None
 
 
-def curve(metrics: Sequence[dict[str, Any]], phase: str, event: str, figure: str = "loss", label: str = "") -> Curve:
-    """A figure of a phase over its steps, in training (``train``) or validation (``val``), without NaN."""
+def loss_curve(metrics: Sequence[dict[str, Any]], phase: str, event: str) -> Curve:
+    """The loss of a phase over its steps, in training (``train``) or validation (``val``), without NaN."""
     points = [
-        (record["step"], float(record[figure]))
+        (record["step"], float(record["loss"]))
         for record in metrics
-        if (record["phase"], record["event"]) == (phase, event) and is_number(record.get(figure))
+        if (record["phase"], record["event"]) == (phase, event) and is_number(record.get("loss"))
     ]
     steps, values = zip(*points, strict=True) if points else ((), ())
-    return Curve(label or event, steps, values, event == "val")
+    return Curve(event, steps, values, event == "val", "o" if event == "val" else "")
 
 
 def is_number(value: Any) -> bool:
@@ -81,7 +88,7 @@ def phases_of(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def text_plot(title: str, curves: Sequence[Curve], width: int, height: int = 10) -> str:
-    """Curves as characters, without colours; those of several runs, and points, are told apart by letters on them.
+    """Curves as characters, without colours; they are told apart by their marks.
 
     Args:
         title: the first line.
@@ -106,14 +113,13 @@ def text_plot(title: str, curves: Sequence[Curve], width: int, height: int = 10)
     figure.set_y_limits(min_=low - margin, max_=high + margin)
     figure.x_ticks_fkt = lambda value, _: f"{value:.0f}"
     figure.y_ticks_fkt = lambda value, _: f"{from_axis(value):.4g}".rjust(9)
-    letters = [_letter(index, item, len(shown)) for index, item in enumerate(shown)]
-    for item, ys, letter in zip(shown, heights, letters, strict=True):
+    for item, ys in zip(shown, heights, strict=True):
         if len(item.steps) > 1:
             figure.plot(item.steps, ys)
         every = 1 if item.sparse else max(1, len(item.steps) // 6)
-        if letter:
-            figure.scatter(item.steps[::-every], ys[::-every], marker=letter)
-    legend = ", ".join(f"{letter or 'line'}: {item.label}" for item, letter in zip(shown, letters, strict=True))
+        if item.mark or len(item.steps) == 1:
+            figure.scatter(item.steps[::-every], ys[::-every], marker=item.mark or "o")
+    legend = ", ".join(item.legend for item in shown)
     # blank braille cells would show as dots in some fonts, and plotille's head line holds no figure
     plot = figure.show().replace("\u2800", " ").split("\n")[1:]
     return "\n".join([f"{title}  ({legend})", *(line.rstrip() for line in plot)])
@@ -123,13 +129,6 @@ def falls_far(curves: Sequence[Curve]) -> bool:
     """Whether values reach so far that they are readable on a logarithmic axis alone."""
     values = [value for item in curves for value in item.values]
     return min(values) > 0 and max(values) > 4 * min(values)
-
-
-def _letter(index: int, curve: Curve, number: int) -> str:
-    """What marks a curve: nothing where it is the only line."""
-    if number <= 2 and index == 0 and not curve.sparse and len(curve.steps) > 1:
-        return ""
-    return "o" if number <= 2 else chr(ord("a") + index % 26)
 
 
 def svg_plots(panels: Sequence[tuple[str, Sequence[Curve]]]) -> str:
@@ -143,20 +142,28 @@ def _svg(title: str, curves: Sequence[Curve]) -> str:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     picture, axis = pyplot.subplots(figsize=(4.2, 2.6))
     for item in curves:
         style = "o-" if item.sparse else "-"
-        axis.plot(item.steps, item.values, style, label=_plain(item.label), markersize=3, linewidth=1)
+        axis.plot(
+            item.steps,
+            item.values,
+            style,
+            label=_plain(item.legend if item.mark.isupper() else item.label),
+            markersize=3,
+            linewidth=1,
+        )
     axis.set_title(_plain(title), fontsize=9)
     axis.set_xlabel("step", fontsize=8)
     axis.set_ylabel("loss", fontsize=8)
     if falls_far(curves):
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-    axis.tick_params(labelsize=7, which="both")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(labelsize=7)
     axis.legend(fontsize=7)
     buffer = io.StringIO()
     picture.tight_layout()

@@ -30,7 +30,8 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; color: #222; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 td, th { border-bottom: 1px solid #ddd; padding: .2rem .7rem .2rem 0; text-align: left; }
-section { border-left: 3px solid #ddd; padding-left: 1rem; margin: 1rem 0; } h3 { margin: 0; font-size: 1rem; }
+section { border-left: 3px solid #ddd; padding-left: 1rem; margin: 1rem 0; }
+h3 { margin: 1.2rem 0 .2rem; font-size: 1rem; } section h3 { margin: 0; }
 img { width: 128px; image-rendering: pixelated; } svg, audio { max-width: 100%; height: auto; }
 audio { height: 2.5rem; } .right b { color: #176f2c; } .other b { color: #9a3412; }
 pre { overflow-x: auto; font-size: 13px; } h1, h2, code { overflow-wrap: anywhere; } .problem { color: #9a3412; }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omni.curves import curve, phases_of, read_metrics, svg_plots
+from omni.curves import loss_curve, phases_of, read_metrics, svg_plots
 from omni.exchange import Exchange
 from omni.page import page, table
 from omni.stages import STAGES, StageInfo
@@ -156,7 +156,7 @@ def _training_table(records: Sequence[StageRecord], seconds: dict[str, float]) -
 def _curves(record: StageRecord) -> str:
     """Training and validation loss of every phase of a stage, as an SVG in the page."""
     return svg_plots([
-        (f"{record.stage.letter}: {phase}", [curve(record.metrics, phase, event) for event in ("train", "val")])
+        (f"{record.stage.letter}: {phase}", [loss_curve(record.metrics, phase, event) for event in ("train", "val")])
         for phase in phases_of(record.metrics)
     ])  # fmt: skip
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -17,7 +20,7 @@ from tests.test_training_loop import CONFIG
 def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> None:
     (tmp_path / "toy.json").write_text(json.dumps(CONFIG))
     words = [sys.executable, "-m", "tests.toy", "--config", str(tmp_path / "toy.json"), "--save_dir"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     with (tmp_path / "log.txt").open("wb") as log:
         code = subprocess.run(
             [*words, str(tmp_path / "a")], cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=280
@@ -32,6 +35,7 @@ def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> Non
 
     # the same run on a terminal rewrites one line: what the log must not hold
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     child = subprocess.Popen([*words, str(tmp_path / "b")], cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""

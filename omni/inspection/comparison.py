@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omni.config import UserError
-from omni.curves import Curve, curve, is_number, phases_of
+from omni.curves import Curve, is_number, loss_curve, phases_of
 from omni.inspection.chance import SEED_SPREAD, Difference, curve_difference, figure_difference, judged
 from omni.inspection.facts import flat
 from omni.inspection.runs import RunRecord, inspect
@@ -27,22 +27,18 @@ class Contestant:
     """One of the runs that are compared.
 
     Attributes:
-        label: a letter and the path, by which tables and curves name it.
+        letter: by which tables and curves name it.
+        path: as it was given.
         runs: by the kind of checkpoint: one of a ``save_dir``, up to five of a ``runs/<size>``.
         figures: of ``omni eval``, by ``stage.name``; those of several codebooks by ``stage.name[1]``.
         notes: what a reader of its figures must know.
     """
 
-    label: str
+    letter: str
     path: Path
     runs: dict[str, RunRecord] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def letter(self) -> str:
-        """Of its column."""
-        return self.label[0]
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 
 def _contestant(path: Path, letter: str) -> Contestant:
-    found = Contestant(f"{letter}: {path}", path)
+    found = Contestant(letter, path)
     if path.is_file() and path.suffix == ".json":
         found.figures = _read_figures(path)
     elif (path / "eval.json").is_file():
@@ -216,13 +212,17 @@ def _curves(contestants: Sequence[Contestant]) -> tuple[dict[str, list[Curve]], 
         runs = [(item, item.runs[kind]) for item in contestants if kind in item.runs]
         for phase in dict.fromkeys(phase for _, run in runs for phase in phases_of(run.metrics)):
             for event, words in (("train", "training loss"), ("val", "validation loss")):
-                found = [(item, run, curve(run.metrics, phase, event, label=item.label)) for item, run in runs]
+                found = [(item, run, _curve(item, run, phase, event)) for item, run in runs]
                 found = [entry for entry in found if entry[2].steps]
                 if found:
                     title = f"{kind}, {phase}: {words}"
                     shown[title] = [entry[2] for entry in found]
                     verdicts += _curve_verdicts(title, found, SEED_SPREAD[event])
     return shown, verdicts
+
+
+def _curve(item: Contestant, run: RunRecord, phase: str, event: str) -> Curve:
+    return replace(loss_curve(run.metrics, phase, event), label=str(item.path), mark=item.letter)
 
 
 def _curve_verdicts(title: str, found: Sequence[tuple[Contestant, RunRecord, Curve]], spread: float) -> list[Verdict]:

@@ -17,7 +17,7 @@ from omni.inspection.runs import validations
 from omni.inspection.text import aligned, columns, headline, printable
 from omni.page import page, table
 
-VERDICT_HEAD = ("what", "runs", "first", "second", "difference", "95 % interval", "p", "verdict")
+VERDICT_HEAD = ("what", "verdict", "runs", "first", "second", "difference", "95 % interval", "p")
 
 
 def comparison_text(found: Comparison) -> str:
@@ -45,7 +45,7 @@ def _lines(found: Comparison) -> Iterator[str]:
 
 def _who(found: Comparison) -> Iterator[str]:
     for item in found.contestants:
-        yield item.label
+        yield f"{item.letter}: {item.path}"
         yield from (f"   {headline(run)}" for run in item.runs.values())
         yield from (f"   note: {note}" for note in item.notes)
 
@@ -83,9 +83,9 @@ def verdict_row(item: Verdict) -> tuple[str, ...]:
     interval = f"{percent * found.low:+.3g} to {percent * found.high:+.3g}{unit}"
     known = found.p == found.p
     return (
-        item.name, f"{item.first} {item.second}", *item.values,
+        item.name, found.verdict + (" (seeds)" if item.seed_alone else ""), f"{item.first} {item.second}", *item.values,
         f"{percent * found.value:+.3g}{unit}" if known else "-", interval if known else "-",
-        f"{found.p:.2g}" if known else "-", found.verdict + (" (seeds)" if item.seed_alone else ""),
+        f"{found.p:.2g}" if known else "-",
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def comparison_values(found: Comparison) -> dict[str, Any]:
             ],
             "settings": [{"key": key, "values": values} for key, values in found.settings],
             "curves": {
-                title: {item.label[0]: list(zip(item.steps, item.values, strict=True)) for item in curves}
+                title: {item.mark: list(zip(item.steps, item.values, strict=True)) for item in curves}
                 for title, curves in found.curves.items()
             },
             "differences": [

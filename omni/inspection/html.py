@@ -6,7 +6,7 @@ import html
 import time
 from collections.abc import Iterable, Iterator
 
-from omni.curves import curve, phases_of, svg_plots
+from omni.curves import loss_curve, phases_of, svg_plots
 from omni.inspection.ancestry import ancestry
 from omni.inspection.runs import Inspection, RunRecord
 from omni.inspection.text import (
@@ -45,7 +45,7 @@ def inspection_page(found: Inspection, health: str = "") -> str:
 def _run(run: RunRecord, alone: bool) -> Iterator[str]:
     yield f"<h2>{_text(headline(run))}</h2>"
     yield svg_plots([
-        (f"loss, {phase}", [curve(run.metrics, phase, event) for event in ("train", "val")])
+        (f"loss, {phase}", [loss_curve(run.metrics, phase, event) for event in ("train", "val")])
         for phase in phases_of(run.metrics)
     ])  # fmt: skip
     if run.shown is None:

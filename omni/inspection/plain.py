@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from omni.curves import curve, phases_of
+from omni.curves import loss_curve, phases_of
 from omni.inspection.ancestry import Ancestor, ancestry
 from omni.inspection.facts import CheckpointFile, amounts
 from omni.inspection.runs import Inspection, Problem, RunRecord, skipped, validations
@@ -62,7 +62,7 @@ def _run(run: RunRecord, alone: bool) -> dict[str, Any]:
 
 
 def _curve(run: RunRecord, phase: str, event: str) -> list[tuple[int, float]]:
-    found = curve(run.metrics, phase, event)
+    found = loss_curve(run.metrics, phase, event)
     return list(zip(found.steps, found.values, strict=True))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omni.config import short_json
-from omni.curves import curve, phases_of, text_plot
+from omni.curves import loss_curve, phases_of, text_plot
 from omni.inspection.ancestry import Ancestor, ancestry, changed_inputs
 from omni.inspection.facts import CheckpointFile, amounts, count, hours, size, value
 from omni.inspection.runs import Inspection, Problem, RunRecord, skipped, validations
@@ -142,7 +142,7 @@ def facts_rows(run: RunRecord, alone: bool) -> list[tuple[str, str]]:
     shown, facts = run.shown, run.shown.facts
     phases = f", phase {facts.phases.index(facts.phase) + 1} of {len(facts.phases)}" if len(facts.phases) > 1 else ""
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime(shown.written))
-    parts = sorted(facts.parameters.items(), key=lambda item: -item[1])
+    parts = sorted(((name, n) for name, n in facts.parameters.items() if n), key=lambda item: -item[1])
     total = sum(facts.parameters.values())
     weights = "fp32 weights" if facts.precision == "fp32" else f"fp32 weights, computed in {facts.precision}"
     log = [("log", f"has reached {log_position(run)}")] if log_position(run) and not alone else []
@@ -278,7 +278,7 @@ def _run(run: RunRecord, alone: bool) -> Iterator[str]:
             yield from aligned(checkpoint_rows(run))
     yield from problem_lines(Inspection(run.folder, "run", [run]))
     for phase in phases_of(run.metrics):
-        curves = [curve(run.metrics, phase, event) for event in ("train", "val")]
+        curves = [loss_curve(run.metrics, phase, event) for event in ("train", "val")]
         if any(item.steps for item in curves):
             yield ""
             yield text_plot(f"loss, {phase}", curves, columns())
