@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omni.atomic import write_whole
 from omni.console import user_errors
@@ -44,21 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--quiet", action="store_true", help="print no table")
     evaluate.set_defaults(function=_evaluate)
 
-    look = commands.add_parser("inspect", help="what a checkpoint, a run or a folder of runs is; also while it trains")
-    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, a run's save_dir, or checkpoints/")
-    look.add_argument("--health", action="store_true", help="load the weights: norms, dead units and codes, changes")
-    look.add_argument("--json", action="store_true", help="print one JSON object instead")
-    look.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
-    look.set_defaults(function=_inspect)
-
-    against = commands.add_parser("compare", help="what differs between runs, and whether by more than chance")
-    against.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN",
-        help="a save_dir, a runs/<size>, or a file of `omni eval --json`; all are held against the first",
-    )  # fmt: skip
-    against.add_argument("--json", action="store_true", help="print one JSON object instead")
-    against.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
-    against.set_defaults(function=_compare)
+    _add_looking(commands)
 
     speak = commands.add_parser("speak", help="speak a text into a WAV file")
     speak.add_argument("text", metavar="TEXT", help="what to say")
@@ -94,6 +81,25 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
     check.set_defaults(function=_check)
     return parser
+
+
+def _add_looking(commands: Any) -> None:
+    """The commands that look at checkpoints and runs."""
+    look = commands.add_parser("inspect", help="what a checkpoint, a run or a folder of runs is; also while it trains")
+    look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, a run's save_dir, or checkpoints/")
+    look.add_argument("--health", action="store_true", help="load the weights: norms, dead units and codes, changes")
+    look.add_argument("--json", action="store_true", help="print one JSON object instead")
+    look.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
+    look.set_defaults(function=_inspect)
+
+    against = commands.add_parser("compare", help="what differs between runs, and whether by more than chance")
+    against.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="a save_dir, a runs/<size>, or a file of `omni eval --json`; all are held against the first",
+    )  # fmt: skip
+    against.add_argument("--json", action="store_true", help="print one JSON object instead")
+    against.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
+    against.set_defaults(function=_compare)
 
 
 def _run(words: argparse.Namespace) -> int:
