@@ -46,7 +46,23 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(function=_evaluate)
 
     _add_looking(commands)
+    _add_speaking(commands)
 
+    data = commands.add_parser("data", help="write the micro-world; check manifests")
+    kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
+    synth.add_argument("--size", required=True, help="nano, micro, tiny or test")
+    synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.set_defaults(function=_synth)
+    check = kinds.add_parser("check", help="read all data that configurations name; list all problems")
+    check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
+    check.set_defaults(function=_check)
+    return parser
+
+
+def _add_speaking(commands: Any) -> None:
+    """The commands that make sounds."""
     speak = commands.add_parser("speak", help="speak a text into a WAV file")
     speak.add_argument("text", metavar="TEXT", help="what to say")
     speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
@@ -69,18 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     samples.add_argument("--tts", metavar="FILE", help="sentences of this CSV (wav,text,speaker) instead")
     samples.add_argument("--count", type=int, default=3, metavar="N", help="the first N sentences (3)")
     samples.set_defaults(function=_samples)
-
-    data = commands.add_parser("data", help="write the micro-world; check manifests")
-    kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
-    synth.add_argument("--size", required=True, help="nano, micro, tiny or test")
-    synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
-    synth.add_argument("--seed", type=int, default=0)
-    synth.set_defaults(function=_synth)
-    check = kinds.add_parser("check", help="read all data that configurations name; list all problems")
-    check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
-    check.set_defaults(function=_check)
-    return parser
 
 
 def _add_looking(commands: Any) -> None:
