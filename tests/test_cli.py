@@ -111,8 +111,12 @@ def test_speech_is_graded_by_what_the_talker_was_trained_on(tmp_path: Path, monk
     path = Path("checkpoints/talker_mine/talker.pt")
     path.parent.mkdir(parents=True)
     path.touch()
-    config = {"audio_ckpt": "elsewhere/audio_enc.pt", "thinker_ckpt": None}
-    monkeypatch.setattr(suite, "read_summary", lambda path: {"config": config})
+    # it names a Thinker, and was made without one
+    config, lineage = (
+        {"audio_ckpt": "elsewhere/audio_enc.pt", "thinker_ckpt": "x.pt"},
+        {"audio_enc": "1", "thinker": None},
+    )
+    monkeypatch.setattr(suite, "read_summary", lambda path: {"config": config, "lineage": lineage})
     command = "python train_audio_enc.py --config configs/audio_enc_mine.json"
     for name in ("codec", "talker"):
         assert suite.evaluate("mine", [name]).missing == [f"{name}: no elsewhere/audio_enc.pt; run `{command}` first"]
