@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
     """A temporary path to write to; when the block ends well it becomes ``path``, else it is gone.
 
-    A crash at any moment, of the process or of the machine, leaves the old file or the new one.
+    A crash at any moment, of the process or of the machine, leaves the old file or the new one. With ``shared`` several
+    processes may write the same file at once, each whole; the last one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    own = f".{uuid.uuid4().hex[:12]}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
     try:
         yield partial
         with partial.open("rb") as handle:

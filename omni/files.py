@@ -6,6 +6,7 @@ Nothing here decodes a file, and what is no file (a named pipe, a device) is nev
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -74,6 +75,12 @@ _KINDS = (
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path lies in a folder once ``..`` and symbolic links are resolved on both sides."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def content_digest(path: Path) -> bytes:
+    """A hash of a file's bytes, equal where these are. Raises OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def describe_content(path: Path) -> str:

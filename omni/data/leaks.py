@@ -5,7 +5,6 @@ The same recording or picture, by its bytes, is an error unless ``data.allow_lea
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from omni.config import DataConfig
 from omni.console import log
 from omni.data.dialogue import Chat
 from omni.data.manifest import Row, first_problems, raise_problems
+from omni.files import content_digest
 from omni.parallel import map_small
 
 
@@ -122,10 +122,5 @@ def contents_of(paths: Sequence[Path]) -> list[Path | bytes]:
     sizes = {path: path.stat().st_size for path in paths}
     times = Counter(sizes.values())
     alike = [path for path, size in sizes.items() if times[size] > 1]
-    digests = dict(zip(alike, map_small(_digest, alike), strict=True))
+    digests = dict(zip(alike, map_small(content_digest, alike), strict=True))
     return [digests.get(path, path) for path in paths]
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
