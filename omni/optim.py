@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,26 +120,40 @@ class Optimizers(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_optimizer(parameters: list[tuple[str, nn.Parameter]], config: PhaseConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: list[tuple[str, nn.Parameter]], config: PhaseConfig, ratios: Sequence[float] = ()
+) -> torch.optim.Optimizer:
     """AdamW, or Muon (Jordan et al., 2024) for the matrices of layers and AdamW for all else.
+
+    Args:
+        parameters: from :func:`trainable_parameters`.
+        config: learning rates, weight decay, which optimizer.
+        ratios: learning rate of each module's parameters over the configuration's; empty: 1.
 
     Weight decay is for matrices only: vectors are norms, gains and biases, which decay would bias to zero. Embeddings,
     positions and heads are looked up or compared row by row; what Muon does to a matrix as a whole does not suit them.
     """
-    chosen = [entry for entry in parameters if config.optimizer == "muon" and _is_layer_matrix(*entry)]
-    taken = {id(parameter) for _, parameter in chosen}
-    others = [parameter for _, parameter in parameters if id(parameter) not in taken]
-    groups = [
-        {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
+    by_ratio: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in parameters:
+        ratio = ratios[int(name.partition(".")[0])] if ratios else 1.0
+        by_ratio.setdefault(ratio, []).append((name, parameter))
+    groups: list[dict[str, Any]] = []
+    matrices: list[dict[str, Any]] = []
+    for ratio, entries in by_ratio.items():
+        chosen = [entry for entry in entries if config.optimizer == "muon" and _is_layer_matrix(*entry)]
+        taken = {id(parameter) for _, parameter in chosen}
+        others = [parameter for _, parameter in entries if id(parameter) not in taken]
+        wide, thin = ([p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2])
+        groups.append({"params": wide, "weight_decay": config.weight_decay, "lr": config.lr * ratio})
+        groups.append({"params": thin, "weight_decay": 0.0, "lr": config.lr * ratio})
+        matrices.append({"params": [parameter for _, parameter in chosen], "lr": config.muon_lr * ratio})
     # the fused kernel exists for CPU and CUDA and takes a third of the time of the default one
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2), fused=True
     )
-    if not chosen:
+    matrices = [group for group in matrices if group["params"]]
+    if not matrices:
         return adamw
-    matrices = [parameter for _, parameter in chosen]
     return Optimizers([adamw, Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)])
 
 
@@ -147,12 +161,25 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], k
     """Load an optimizer's state.
 
     Raises:
-        UserError: when it is that of another kind of optimizer; ``key`` is where the configuration names the kind.
+        UserError: when it is that of another kind of optimizer (``key`` is where the configuration names the kind), or
+            of other parameters.
     """
     found, expected = ("muon" if muon else "adamw" for muon in (isinstance(optimizer, Optimizers), "parts" in state))
     if found != expected:
         raise UserError(f"{key}: found {found}, expected {expected} as before; or use --fresh to start over")
+    now = optimizer.state_dict()
+    if _group_sizes(now) != _group_sizes(state):
+        raise UserError(
+            f"{key}: found a checkpoint that trained other parameters, or with other groups of learning rates, "
+            "expected the same ones; put back the keys that say what is trained, or use --fresh to start over"
+        )
     optimizer.load_state_dict(state)
+
+
+def _group_sizes(state: dict[str, Any]) -> list[int]:
+    """How many parameters each group of an optimizer's state has."""
+    parts = state.get("parts", [state])
+    return [len(group["params"]) for part in parts for group in part["param_groups"]]
 
 
 def _is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:

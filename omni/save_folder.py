@@ -52,14 +52,16 @@ class SaveFolder:
                 damaged.append(path)
                 continue
             checkpoint.refuse_another_run(path, summary, self.run, seed)
-            checkpoint.load_weights(self.run.model, tensors["weights"], str(path))
+            training = dict(tensors["training"])
+            own = training.pop("own_weights", {})  # of a run whose checkpoints show others (Run.export)
+            checkpoint.load_weights(self.run.model, {**tensors["weights"], **own}, str(path))
             self.last_good = path
             for other in damaged:  # so that it is not counted among those that are kept
                 other.rename(other.with_name(f"{other.name}.damaged"))
             old, new = summary["code"], self._code
             if old["source"] != new["source"]:
                 log.warning("%s was written by other code (%s, now %s)", path, _name(old), _name(new))
-            return dict(tensors["training"])
+            return training
         if damaged:
             raise UserError(
                 f"{self.path}: found {len(damaged)} checkpoints and none that can be read, expected a whole one to "

@@ -87,6 +87,7 @@ class Stage:
         config: length, batch size and learning rate.
         weights: factor of each loss term.
         unit: what throughput counts; a key of ``batch.counts``.
+        lr_ratios: learning rate of each of ``trains`` over the phase's; empty: 1 for all.
         after_update: called after every accepted update, for state that is not trained by gradient.
         after_skip: called when a batch was skipped, so that such state forgets it.
     """
@@ -100,6 +101,7 @@ class Stage:
     unit: str
     after_update: Callable[[], None] | None = None
     after_skip: Callable[[], None] | None = None
+    lr_ratios: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Run:
         model_config: what is needed to build the model again from the checkpoint alone.
         assets: files by name, such as ``tokenizer.model``; they stand in ``save_dir`` and in every checkpoint.
         lineage: hashes of data, tokenizer and input checkpoints. A resume with other ones is refused.
+        export: from the model's state dict the weights that others read from a checkpoint; None: as they are. A run
+            that goes on from it gets back its own.
         data_may_change: other data are a warning: files that turn bad are to be left out.
     """
 
@@ -122,4 +126,5 @@ class Run:
     model_config: dict[str, Any]
     assets: dict[str, bytes] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    export: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     data_may_change: bool = False

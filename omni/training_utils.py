@@ -28,7 +28,7 @@ from omni.command_line import read_command_line
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, changed_keys, to_dict
 from omni.console import log, user_errors
 from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
-from omni.optim import build_optimizer, get_lr_scheduler, restore_optimizer, trainable_parameters
+from omni.optim import build_optimizer, get_lr_scheduler, lr_ratio, restore_optimizer, trainable_parameters
 from omni.runtime import (
     Precision,
     isolated_randomness,
@@ -128,7 +128,7 @@ class Loop:
             module.requires_grad_(True)
         self.named = trainable_parameters(stage.trains)
         self.parameters = [parameter for _, parameter in self.named]
-        self.stage, self.optimizer = stage, build_optimizer(self.named, stage.config)
+        self.stage, self.optimizer = stage, build_optimizer(self.named, stage.config, stage.lr_ratios)
         self.scaler = torch.amp.GradScaler(self.precision.device.type, enabled=self.precision.needs_scaler)
         set_lr = get_lr_scheduler(
             self.optimizer, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
@@ -164,7 +164,10 @@ class Loop:
         state, stage = self.state, self.stage
         started = time.perf_counter()
         self._train_mode()
-        lr = set_lr(state.step)
+        set_lr(state.step)
+        lr = stage.config.lr * lr_ratio(
+            state.step, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
+        )
         position, (batches, rows) = stage.stream.state_dict(), self._fetch()
         loss, norm, problem = self._update(batches)
         state.step += 1
@@ -325,9 +328,13 @@ class Loop:
 
     def _save(self, name: str, training: bool = True) -> None:
         """Write a checkpoint; without ``training`` it holds the weights alone and cannot be resumed from."""
-        tensors: dict[str, Any] = {"weights": self.run.model.state_dict()}
+        own = self.run.model.state_dict()
+        shown = own if self.run.export is None else self.run.export(own)
+        tensors: dict[str, Any] = {"weights": shown}
         if training:
             tensors["training"] = {
+                # what others do not read; without an export, nothing
+                "own_weights": {key: value for key, value in own.items() if shown.get(key) is not value},
                 "progress": vars(self.state),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from omni.optim import Muon, orthogonalized
+from omni.config import PhaseConfig, UserError
+from omni.optim import (
+    Muon,
+    build_optimizer,
+    get_lr_scheduler,
+    orthogonalized,
+    restore_optimizer,
+    trainable_parameters,
+)
 
 
 def test_muon_in_batches_does_what_torchs_does() -> None:
@@ -30,3 +39,29 @@ def test_orthogonalized_matrices_have_singular_values_of_about_one() -> None:
     made = orthogonalized(torch.randn(4, 24, 9) * 7, (3.4445, -4.7750, 2.0315), 5).float()
     values = torch.linalg.svdvals(made)
     assert float(values.min()) > 0.4 and float(values.max()) < 1.4
+
+
+def test_learning_rates_are_ratios_of_the_phases() -> None:
+    modules = torch.nn.ModuleList(torch.nn.ModuleDict({"layers": torch.nn.Linear(3, 4)}) for _ in range(3))
+    named = trainable_parameters(modules)
+    config = PhaseConfig(max_steps=10, batch_size=1, lr=0.1, muon_lr=0.02, optimizer="muon", warmup_steps=0)
+    ratios = [1.0, 0.5, 1.0]
+    before = [parameter.detach().clone() for _, parameter in named]
+    optimizer = build_optimizer(named, config, ratios)
+    get_lr_scheduler(optimizer, 0, 10)(0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for (name, parameter), ratio in zip(named, [1.0, 1.0, 0.5, 0.5, 1.0, 1.0], strict=True):
+        assert rates[id(parameter)] == (0.02 if name.endswith("weight") else 0.1) * ratio
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = [
+        float((now.detach() - old).abs().mean()) for (_, now), old in zip(named, before, strict=True) if now.ndim == 1
+    ]
+    assert moved == pytest.approx([0.1, 0.05, 0.1], rel=1e-3)
+    # the same ratio for all is no ratio: the groups of a checkpoint from before there were any
+    plain, ones = build_optimizer(named, config), build_optimizer(named, config, [1.0] * 3)
+    assert [len(group["params"]) for group in plain.param_groups] == [
+        len(group["params"]) for group in ones.param_groups
+    ]
+    with pytest.raises(UserError, match=r"sft\.optimizer: found a checkpoint that trained other parameters"):
+        restore_optimizer(optimizer, plain.state_dict(), "sft.optimizer")
