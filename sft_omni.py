@@ -12,26 +12,31 @@ the most frequent answer (``omni eval --stage omni``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from omni.cache import FeatureCache, FeatureCacheConfig
 from omni.checkpoint import fingerprint, read_summary
 from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, UserError, to_dict
-from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, ChatSamples, Encoded, collate_chats
+from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Encoded, collate_chats
 from omni.data.manifest import settle
+from omni.data.mixture import ChatSamples
 from omni.data.parts import ChatParts, read_chat_parts
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import document_spans, read_text, tokenize
 from omni.data.voices import Voices
 from omni.evaluate.omni import Examiner
-from omni.features import FeatureStore, UnusableMediaError
+from omni.features import FeatureStore, UnusableMediaError, collate_media, perceive, with_media
 from omni.load import load_audio_encoder, load_speech, load_thinker, load_vision
 from omni.losses import next_token_loss_sum
+from omni.models.lora import LoRAConfig, adapters, add_adapters, merged
 from omni.models.omni import OmniConfig, OmniModel
 from omni.models.projector import ProjectorConfig, match_rms
 from omni.runtime import Precision, log
@@ -41,7 +46,7 @@ from omni.training_utils import Run, Stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatData(DataConfig):
+class ChatData(DataConfig, FeatureCacheConfig):
     """Where the chats are, and how they are mixed."""
 
     train: str
@@ -51,10 +56,41 @@ class ChatData(DataConfig):
     replay_share: float = 0.1  # of all samples
     replay_weight: float = 0.3  # of their loss, per token, beside that of the answers
     transcript_weight: float = 1.0  # of the CTC loss of the recordings' transcripts, per token
+    replay_anew: bool = False  # each epoch replays other documents of the text; false: always the first ones
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
     val_questions: int = 64  # asked at each validation, of each task
     speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
     speech_val: str | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Limits that nothing passes, and mixtures that cannot be."""
+        yield from DataConfig.problems(self)
+        yield from FeatureCacheConfig.problems(self)
+        if not 0 <= self.replay_share < 1:
+            yield Problem("replay_share", str(self.replay_share), "a share from 0 to below 1")
+        for task, weight in self.task_weights.items():
+            if not 0 <= weight < float("inf"):
+                yield Problem(f"task_weights.{task}", str(weight), "0 (never) or more")
+        for key in ("replay_weight", "transcript_weight"):
+            if not getattr(self, key) >= 0:
+                yield Problem(key, str(getattr(self, key)), "0 or more")
+
+
+@dataclass(frozen=True)
+class LRRatios:
+    """Learning rates of phase `sft` over that phase's ``lr`` (and ``muon_lr``)."""
+
+    projectors: float = 1.0
+    thinker: float = 1.0  # or of its adapters
+    encoders: float = 0.1  # at the full rate they lose what they know (docs/log.md)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is no ratio."""
+        for key, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                yield Problem(
+                    key, str(value), "more than 0; freeze_thinker and freeze_encoders train nothing of a part"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +105,19 @@ class OmniSFTConfig(StageConfig):
     image_projector: ProjectorConfig
     audio_projector: ProjectorConfig
     projectors: PhaseConfig  # phase 1: the projectors alone
-    sft: PhaseConfig  # phase 2: projectors and Thinker
+    sft: PhaseConfig  # phase 2: projectors and what is not frozen
     talker: PhaseConfig  # phase 3, for a Talker that gets states: on those of the Thinker as it is now
-    freeze_thinker: bool = False  # phase 2 trains the projectors alone as well
+    freeze_thinker: bool = False  # phase 2 leaves the Thinker as it is
+    freeze_encoders: bool = True  # false: phase 2 trains them along, and their features are computed in every step
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # phase 2 trains adapters of the Thinker instead of it
+    lr_ratios: LRRatios = field(default_factory=LRRatios)
     ctx_len: int = 0  # 0: the Thinker's
     val_sentences: int = 16  # generated and graded at each validation of the Talker
 
     def problems(self) -> Iterator[Problem]:
-        """What phase 3 lacks."""
+        """What phase 3 lacks, and what phase 2 cannot train."""
+        if self.freeze_thinker and self.lora.rank:
+            yield Problem("freeze_thinker", f"true with lora.rank {self.lora.rank}", "one of the two")
         if (self.data.speech_train is None) != (self.data.speech_val is None):
             yield Problem("data.speech_val", "speech_train without speech_val or the reverse", "both or neither")
 
@@ -87,8 +128,9 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     Answers and replay are two terms: a window of text has ten times the labels of an answer, and in one sum would be
     most of the gradient.
     """
-    heard_NSD = model.project_audio(batch.states_NTD)
-    x = model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
+    patches_NPD, states_NTD = perceive(model, batch)
+    heard_NSD = model.project_audio(states_NTD)
+    x = model.embed(batch.tokens_BT, patches_NPD, heard_NSD, batch.positions_N)
     final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]
     labels = {
         "answers": batch.labels_BT.masked_fill(replay_B1, IGNORE),
@@ -106,7 +148,7 @@ class ChatPhases:
         self, model: OmniModel, tokenizer: Tokenizer, parts: ChatParts, config: OmniSFTConfig, precision: Precision
     ) -> None:
         self.model, self.tokenizer, self.config, self.precision = model, tokenizer, config, precision
-        self.features = FeatureStore(model, config.save_dir / "cache", config.data)
+        self.features = FeatureStore(model, FeatureCache.of(config.data, config.save_dir / "cache"), config.data)
         ctx_len = config.ctx_len or model.thinker.config.ctx_len
         self.encoder = ChatEncoder(tokenizer, model.image_positions, self.features.audio_positions, ctx_len)
         self.collate = functools.partial(
@@ -118,14 +160,27 @@ class ChatPhases:
         self._chats = {"training": parts.training, "validation": parts.validation}
         self._num_read = {part: len(found) for part, found in self._chats.items()}
         self._left_out = parts.left_out
+        tasks = sorted({chat.task for chat in parts.training})
+        for task in config.data.task_weights:
+            if task not in tasks:
+                raise UserError(
+                    f"data.task_weights.{task}: found no such task in {config.data.train}, expected one of "
+                    f"{', '.join(tasks)}"
+                )
 
-    def chats(self, part: str) -> list[Chat]:
-        """The chats of a part, the features of their media computed; those with unusable media as the rules say."""
+    def chats(self, part: str, encoded: bool = True) -> list[Chat]:
+        """The chats of a part, those with unusable media as the rules say.
+
+        Their media are ``encoded``, or only the lengths of their recordings known.
+        """
         while True:
             found = self._chats[part]
             media = [[path for chat in found for path in chat.paths(kind)] for kind in ("image", "audio")]
             try:
-                self.features.add(*media)
+                if encoded:
+                    self.features.add(*media)
+                else:
+                    self.features.measure(media[1])
                 return found
             except UnusableMediaError as error:
                 bad = {id(chat): chat for chat in found if error.problems.keys() & chat.media}
@@ -137,24 +192,35 @@ class ChatPhases:
                 num_read = self._num_read[part]
                 settle(lines, num_read - len(self._chats[part]), num_read, self.config.data, part)
 
-    def training(self, thinker: bool) -> ChatSamples:
-        """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained."""
-        found, data = self.chats("training"), self.config.data
+    def training(self, thinker: bool, live: bool) -> ChatSamples:
+        """The training chats, mixed with stage A's text; only those with media unless the Thinker is trained.
+
+        With ``live`` they carry their media themselves, for encoders that are trained.
+        """
+        found, data = self.chats("training", encoded=not live), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.media]
-        self.encoder.cuts = self.encoder.unfit = 0
+        self.encoder.begin_count()
         encoded = [self.encoder.example(chat.messages, chat.transcript, chat.where) for chat in found]
         if self.encoder.cuts:
-            log.warning("%d of %d chats were cut to %d positions", self.encoder.cuts, len(found), self.encoder.ctx_len)
+            cuts, ctx_len, report = self.encoder.cuts, self.encoder.ctx_len, self.encoder.report
+            log.warning("%d of %d chats were cut to %d positions: %s", cuts, len(found), ctx_len, report)
         if self.encoder.unfit:
             log.info("%d transcripts have more tokens than their recordings have positions: unused", self.encoder.unfit)
         replay = replay_documents(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
         tasks = [chat.task for chat in found]
-        weights = {task: weight for task, weight in data.task_weights.items() if thinker or task in tasks}
-        return ChatSamples(encoded, tasks, weights, self.collate, replay, data.replay_share)
+        weights = {task: weight for task, weight in data.task_weights.items() if task in tasks}
+        collate, load = self.collate, None
+        if live:
+            collate = functools.partial(collate_media, pad_id=self.tokenizer.pad_id)
+            load = functools.partial(with_media, model=self.model, max_pixels=data.max_pixels)
+        share, anew = data.replay_share, data.replay_anew
+        return ChatSamples(encoded, tasks, weights, collate, replay, share, anew, load)
 
-    def evaluate(self, model: OmniModel) -> dict[str, float]:
+    def evaluate(self, model: OmniModel, live: bool) -> dict[str, float]:
         """Loss of the validation chats, and some of their questions asked aloud."""
+        if live:  # the encoders are others than at the last validation
+            self.features.forget()
         chats = self.chats("validation")
         encoded = [self.encoder.example(chat.messages) for chat in chats]
         samples = ChatSamples(encoded, ["all"] * len(chats), {}, self.collate)
@@ -164,16 +230,41 @@ class ChatPhases:
             targets += batch.counts["answers"]
         return {"loss": total / targets, **quiz(Examiner(model, self.tokenizer, self.features), chats, self.config)}
 
-    def stage(self, trains: list[torch.nn.Module], settings: PhaseConfig) -> Stage:
-        """A phase that trains ``trains`` on the chats."""
-        samples, run = self.training(self.model.thinker in trains), self.config.run
+    def projectors(self) -> Stage:
+        """Phase 1: the projectors alone."""
+        parts: list[torch.nn.Module] = _projectors(self.model)
+        return self._stage(parts, [], self.config.projectors, thinker=False, live=False)
+
+    def sft(self) -> Stage:
+        """Phase 2: the projectors and what is not frozen."""
+        model, config, ratios = self.model, self.config, self.config.lr_ratios
+        parts = _projectors(model)
+        rates = [ratios.projectors] * len(parts)
+        if not config.freeze_thinker:
+            minds = adapters(model.thinker) or [model.thinker]
+            parts, rates = [*parts, *minds], rates + [ratios.thinker] * len(minds)
+        if not config.freeze_encoders:
+            parts, rates = [*parts, model.vision_encoder.image, model.audio_encoder], [*rates, *[ratios.encoders] * 2]
+        return self._stage(parts, rates, config.sft, not config.freeze_thinker, live=not config.freeze_encoders)
+
+    def _stage(
+        self, trains: list[torch.nn.Module], lr_ratios: list[float], settings: PhaseConfig, thinker: bool, live: bool
+    ) -> Stage:
+        """A phase that trains ``trains`` on the chats; see :meth:`training`."""
+        samples, run = self.training(thinker, live), self.config.run
         left_out = self._left_out + self._num_read["training"] - len(self._chats["training"])
-        stream = BatchStream(
-            samples, settings.batch_size, run.seed, samples.lengths, run.num_workers, left_out=left_out
-        )
         data = self.config.data
+        stream = BatchStream(
+            samples, settings.batch_size, run.seed, samples.lengths, run.num_workers, rules=data, left_out=left_out,
+            quotas=samples.quotas,
+        )  # fmt: skip
         weights = {"answers": 1.0, "replay": data.replay_weight, "transcripts": data.transcript_weight}
-        return Stage(trains, stream, loss, self.evaluate, settings, weights, unit="tokens")
+        evaluate = functools.partial(self.evaluate, live=live)
+        return Stage(trains, stream, loss, evaluate, settings, weights, unit="tokens", lr_ratios=lr_ratios)
+
+
+def _projectors(model: OmniModel) -> list[torch.nn.Module]:
+    return [model.image_projector, model.audio_projector, model.transcript_head]
 
 
 def build(config: OmniSFTConfig, precision: Precision) -> Run:
@@ -190,7 +281,10 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         voices = [Voices(rows, mel, data, decode=False) for rows in both]  # stage D has read them
         return talker_stage(
             model.speech,
-            model.audio_encoder,
+            # trained along without its transcripts, the model's own would not say any more when a word is spoken
+            model.audio_encoder
+            if config.freeze_encoders
+            else load_audio_encoder(config.audio_ckpt).to(precision.device),
             (model.thinker, tokenizer),
             (voices[0], voices[1]),
             config.talker,
@@ -201,12 +295,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
             parts.speech.left_out,
         )
 
-    projectors: list[torch.nn.Module] = [model.image_projector, model.audio_projector, model.transcript_head]
-    tuned = projectors if config.freeze_thinker else [*projectors, model.thinker]
-    phases: list[tuple[str, Callable[[], Stage]]] = [
-        ("projectors", lambda: chats.stage(projectors, config.projectors)),
-        ("sft", lambda: chats.stage(tuned, config.sft)),
-    ]
+    phases: list[tuple[str, Callable[[], Stage]]] = [("projectors", chats.projectors), ("sft", chats.sft)]
     if parts.speech and model.speech.config.talker.state_dim:  # without states there is nothing new for it to learn
         phases.append(("talker", talker))
     return Run(
@@ -217,10 +306,11 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         assets={"tokenizer.model": tokenizer.model},
         data_may_change=config.data.on_bad_sample == "skip",
         lineage={**lineage, "data": parts.fingerprint},
+        export=functools.partial(merged, model) if adapters(model) and model.config.lora is None else None,
     )
 
 
-def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str]]:
+def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, Any]]:
     """The four earlier stages as one model, with new projectors; its tokenizer; and the hashes it was built from.
 
     Raises:
@@ -242,11 +332,17 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, str
     parts = {"thinker": thinker, "audio_encoder": audio_encoder, "vision_encoder": vision_encoder, "speech": speech}
     for name, part in parts.items():
         model.get_submodule(name).load_state_dict(part.state_dict())
+    trained = {}
+    if config.lora.rank:
+        add_adapters(model.thinker, config.lora)
+        trained = {"lora": to_dict(config.lora)}  # a run goes on with the same adapters
+        if config.lora.keep_apart:
+            model.config = dataclasses.replace(model.config, lora=config.lora)
     for projector in (model.image_projector, model.audio_projector):
         match_rms(projector, thinker.embed_tokens.weight)
     paths = {"thinker": config.thinker_ckpt, "audio_enc": config.audio_ckpt, "vision": config.vision_ckpt}
     lineage = {name: fingerprint(Path(path)) for name, path in {**paths, "talker": config.talker_ckpt}.items()}
-    return model, tokenizer, {"tokenizer": tokenizer.hash, **lineage}
+    return model, tokenizer, {"tokenizer": tokenizer.hash, **lineage, **trained}
 
 
 def refuse_other_tokenizer(config: OmniSFTConfig, tokenizer: str) -> None:

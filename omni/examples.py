@@ -10,7 +10,7 @@ from omni.config import data_rules
 from omni.data.dialogue import Chat, read_chats
 from omni.evaluate.omni import Examiner, say
 from omni.exchange import Exchange
-from omni.features import FeatureStore
+from omni.features import FeatureStore, cache_of
 from omni.load import load_omni
 from omni.summary import read_summary
 
@@ -24,7 +24,7 @@ def example_exchanges(checkpoint: Path, manifest: Path, folder: Path) -> list[Ex
         folder: where the WAV goes.
     """
     model, tokenizer = load_omni(checkpoint)
-    examiner = Examiner(model, tokenizer, FeatureStore(model))
+    examiner = Examiner(model, tokenizer, FeatureStore(model, cache_of(checkpoint)))
     chats = read_chats(manifest, data_rules(read_summary(checkpoint)["config"]["data"], str(checkpoint)))
     found = []
     for kind, wanted in _KINDS.items():

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from omni.audio import load_audio, log_mel
-from omni.cache import cache_key, through_cache
-from omni.config import DataConfig, UserError
+from omni.cache import FeatureCache, FeatureCacheConfig, cache_key
+from omni.config import DataConfig, UserError, from_dict
+from omni.data.dialogue import ChatBatch, Encoded, collate_chats
 from omni.data.images import load_image
 from omni.data.manifest import RULES
 from omni.data.speech import pad_frames
 from omni.models.audio_encoder import AudioEncoder
+from omni.models.layers import padding_mask
 from omni.models.omni import OmniModel
 from omni.models.vision_encoder import VisionEncoder
 from omni.parallel import map_small
+from omni.summary import read_summary
+
+_PREPROCESSING = 1  # to be raised whenever load_image, load_audio or log_mel change what they return
+_NO_CACHE = FeatureCache()
 
 
 class UnusableMediaError(UserError):
@@ -31,15 +37,17 @@ class UnusableMediaError(UserError):
 
 
 class FeatureStore:
-    """Features by path, kept in memory as fp16 and, with ``cache``, in one file a modality on disk.
+    """Features by path, kept in memory as fp16, and on disk with a ``cache``.
 
-    For another encoder, a changed recording or another precision all is encoded anew (:func:`omni.cache.cache_key`).
+    For another encoder, a changed file or another precision they are encoded anew; what is found on disk is, bit for
+    bit, what would be computed (:class:`omni.cache.FeatureCache`).
     """
 
-    def __init__(self, model: OmniModel, cache: Path | None = None, rules: DataConfig = RULES) -> None:
+    def __init__(self, model: OmniModel, cache: FeatureCache = _NO_CACHE, rules: DataConfig = RULES) -> None:
         self.model, self.cache, self.rules = model, cache, rules
         self._images: dict[str, torch.Tensor] = {}
         self._audios: dict[str, torch.Tensor] = {}
+        self._num_states: dict[str, int] = {}
 
     def add(self, images: Iterable[str], audios: Iterable[str]) -> None:
         """Encode what is not there yet.
@@ -47,10 +55,23 @@ class FeatureStore:
         Raises:
             UnusableMediaError: when some of it cannot be read.
         """
-        seeing, hearing = self.model.vision_encoder, self.model.audio_encoder
-        see = functools.partial(encode_images, max_pixels=self.rules.max_pixels)
-        self._images |= self._encoded("images", see, seeing, _new(images, self._images))
-        self._audios |= self._encoded("audio", encode_recordings, hearing, _new(audios, self._audios))
+        seeing, hearing, pixels = self.model.vision_encoder, self.model.audio_encoder, self.rules.max_pixels
+        new = _new(images, self._images)
+        self._images |= zip(new, encode_images(seeing, new, max_pixels=pixels, cache=self.cache), strict=True)
+        new = _new(audios, self._audios)
+        self._audios |= zip(new, encode_recordings(hearing, new, cache=self.cache), strict=True)
+        self._num_states |= {path: len(self._audios[path]) for path in new}
+
+    def measure(self, audios: Iterable[str]) -> None:
+        """Learn how many states recordings have, without encoding them. Raises UnusableMediaError."""
+        encoder, new = self.model.audio_encoder, _new(audios, self._num_states)
+        if new:
+            num_frames = frame_counts(encoder, new, self.cache)
+            self._num_states |= zip(new, encoder.num_states(torch.tensor(num_frames)).tolist(), strict=True)
+
+    def forget(self) -> None:
+        """Let go of all features, and keep none on disk from here on: the encoders have changed, and will again."""
+        self._images, self._audios, self.cache = {}, {}, _NO_CACHE
 
     def image(self, path: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -62,24 +83,26 @@ class FeatureStore:
 
     def audio_positions(self, path: str) -> int:
         """Positions that a recording takes in the Thinker's sequence."""
-        return self.model.audio_positions(len(self._audios[path]))
-
-    def _encoded(
-        self, kind: str, encode: Callable[[Any, list[str]], list[torch.Tensor]], encoder: nn.Module, paths: list[str]
-    ) -> dict[str, torch.Tensor]:
-        """Features of ``paths``, from the disk if they are there."""
-        if not paths:
-            return {}
-        folders = [] if self.cache is None else [self.cache]
-        key = cache_key([encoder], paths)
-        found = through_cache(
-            folders, f"features-{kind}", key, lambda: [item.half() for item in encode(encoder, paths)]
-        )
-        return dict(zip(paths, found, strict=True))
+        return self.model.audio_positions(self._num_states[path])
 
 
-def _new(paths: Iterable[str], known: dict[str, torch.Tensor]) -> list[str]:
+def cache_of(checkpoint: Path) -> FeatureCache:
+    """The feature cache of the run that left an ``omni.pt``."""
+    keys = FeatureCacheConfig.__dataclass_fields__
+    data = read_summary(checkpoint)["config"]["data"]
+    config = from_dict(FeatureCacheConfig, {key: data[key] for key in keys if key in data}, str(checkpoint))
+    return FeatureCache.of(config, checkpoint.parent / "cache")
+
+
+def _new(paths: Iterable[str], known: Container[str]) -> list[str]:
     return sorted({path for path in paths if path not in known})
+
+
+def _made_by(encoder: nn.Module, config: object) -> str:
+    """A key of an encoder, of what is done before it, and of how it computes."""
+    device = next(encoder.parameters()).device.type
+    texts = [repr(config), str(_PREPROCESSING), device, str(torch.get_autocast_dtype(device)), torch.__version__]
+    return cache_key([encoder], (), texts)
 
 
 def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> tuple[list[torch.Tensor], dict[str, str]]:
@@ -98,36 +121,130 @@ def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> tuple[li
 
 @torch.no_grad()
 def encode_images(
-    encoder: VisionEncoder, paths: Sequence[str], batch_size: int = 128, max_pixels: int = RULES.max_pixels
+    encoder: VisionEncoder,
+    paths: Sequence[str],
+    batch_size: int = 128,
+    max_pixels: int = RULES.max_pixels,
+    cache: FeatureCache = _NO_CACHE,
 ) -> list[torch.Tensor]:
-    """Patch tokens [P, D] of each picture, on the CPU."""
+    """Patch tokens [P, D] of each picture, fp16 on the CPU."""
     device, found, problems = next(encoder.parameters()).device, list[torch.Tensor](), dict[str, str]()
     read = functools.partial(load_image, size=encoder.config.image_size, max_pixels=max_pixels)
+    made_by = _made_by(encoder, encoder.config) if paths else ""
+
+    def encode(rows: Sequence[str]) -> list[torch.Tensor]:
+        pixels, bad = _load(read, rows)
+        if bad or problems:  # then it is enough to know what else is wrong
+            raise UnusableMediaError(bad)
+        patches_BPD = encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD
+        return [item.clone() for item in patches_BPD.float().half().cpu()]
+
     for start in range(0, len(paths), batch_size):
-        pixels, bad = _load(read, paths[start : start + batch_size])
-        problems |= bad
-        if not problems:  # else it is enough to know what else is wrong
-            found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
+        rows = paths[start : start + batch_size]
+        try:
+            found += cache.get("images", made_by, rows, functools.partial(encode, rows))
+        except UnusableMediaError as error:
+            problems |= error.problems
+    if problems:
+        raise UnusableMediaError(problems)
+    return found
+
+
+def frame_counts(encoder: AudioEncoder, paths: Sequence[str], cache: FeatureCache = _NO_CACHE) -> list[int]:
+    """Mel frames of each recording. Raises UnusableMediaError when some cannot be read."""
+    return _lengths(encoder, paths, cache, functools.partial(_frames, encoder))
+
+
+def _lengths(
+    encoder: AudioEncoder,
+    paths: Sequence[str],
+    cache: FeatureCache,
+    frames: Callable[[Sequence[str]], list[torch.Tensor]],
+) -> list[int]:
+    made_by = cache_key([], (), [repr(encoder.config.mel), str(_PREPROCESSING)])
+    found: list[int] = cache.get(
+        "lengths", made_by, paths, lambda: [torch.tensor([len(item) for item in frames(paths)])]
+    )[0].tolist()
+    return found
+
+
+def _frames(encoder: AudioEncoder, paths: Sequence[str]) -> list[torch.Tensor]:
+    """Log-mel frames [F, M] of recordings. Raises UnusableMediaError when some cannot be read."""
+    front = log_mel(encoder.config.mel)
+    found, problems = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
     if problems:
         raise UnusableMediaError(problems)
     return found
 
 
 @torch.no_grad()
-def encode_recordings(encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32) -> list[torch.Tensor]:
-    """States [T, D] of each recording, on the CPU; batches hold recordings of similar length."""
-    device, front = next(encoder.parameters()).device, log_mel(encoder.config.mel)
-    frames, problems = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
-    if problems:
-        raise UnusableMediaError(problems)
-    order = sorted(range(len(paths)), key=lambda index: len(frames[index]))
+def encode_recordings(
+    encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32, cache: FeatureCache = _NO_CACHE
+) -> list[torch.Tensor]:
+    """States [T, D] of each recording, fp16 on the CPU; batches hold recordings of similar length."""
+    if not paths:
+        return []
+    device, decoded = next(encoder.parameters()).device, dict[str, torch.Tensor]()
+
+    def frames(rows: Sequence[str]) -> list[torch.Tensor]:
+        new = [path for path in rows if path not in decoded]
+        decoded.update(zip(new, _frames(encoder, new), strict=True))
+        return [decoded[path] for path in rows]
+
+    def encode(rows: Sequence[str]) -> list[torch.Tensor]:
+        frames_BFM, num_frames_B = pad_frames(frames(rows))
+        output = encoder(frames_BFM.to(device), num_frames_B.to(device))
+        states = zip(output.states_BTD.float().half().cpu(), output.num_states_B.tolist(), strict=True)
+        return [states_TD[:size].clone() for states_TD, size in states]
+
+    # the lengths say what is encoded together, and are known without decoding once they are kept
+    order = sorted(range(len(paths)), key=_lengths(encoder, paths, cache, frames).__getitem__)
+    made_by = _made_by(encoder, encoder.config)
     found: list[torch.Tensor] = [torch.empty(0)] * len(paths)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        frames_BFM, num_frames_B = pad_frames([frames[index] for index in rows])
-        output = encoder(frames_BFM.to(device), num_frames_B.to(device))
-        for index, states, size in zip(
-            rows, output.states_BTD.float().cpu(), output.num_states_B.tolist(), strict=True
-        ):
-            found[index] = states[:size].clone()
+        picked = [paths[index] for index in rows]
+        states = cache.get("audio", made_by, picked, functools.partial(encode, picked))
+        for index, states_TD in zip(rows, states, strict=True):
+            found[index] = states_TD
+            decoded.pop(paths[index], None)
     return found
+
+
+def with_media(chat: Encoded, model: OmniModel, max_pixels: int = RULES.max_pixels) -> Encoded:
+    """A chat with its pictures and recordings themselves, for encoders that are trained.
+
+    Raises:
+        UserError: when one of them cannot be read.
+    """
+    if not chat.images and not chat.audios:
+        return chat
+    size, mel = model.config.vision_encoder.image_size, model.config.audio_encoder.mel
+    return dataclasses.replace(
+        chat,
+        pixels=[load_image(path, size, max_pixels=max_pixels) for path in chat.images],
+        frames=[log_mel(mel)(load_audio(path, mel.sample_rate)) for path in chat.audios],
+    )
+
+
+def collate_media(chats: Sequence[Encoded], pad_id: int) -> ChatBatch:
+    """One batch of chats from :func:`with_media`, nothing of it encoded."""
+    nothing = torch.zeros(0, 0)
+    batch = collate_chats(chats, lambda path: nothing, lambda path: nothing, pad_id)
+    pixels = [item for chat in chats for item in chat.pixels]
+    frames = [item for chat in chats for item in chat.frames]
+    frames_NFM, num_frames_N = pad_frames(frames) if frames else (None, None)
+    pixels_N3HW = torch.stack(pixels) if pixels else None
+    return dataclasses.replace(batch, pixels_N3HW=pixels_N3HW, frames_NFM=frames_NFM, num_frames_N=num_frames_N)
+
+
+def perceive(model: OmniModel, batch: ChatBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch tokens [N, P, D] and audio states [N, T, D] of a batch, encoded here where they are not yet."""
+    patches_NPD, states_NTD = batch.patches_NPD, batch.states_NTD
+    if batch.pixels_N3HW is not None:
+        patches_NPD = model.vision_encoder.encode_image(batch.pixels_N3HW).patches_BPD
+    if batch.frames_NFM is not None and batch.num_frames_N is not None:
+        heard = model.audio_encoder(batch.frames_NFM, batch.num_frames_N)
+        valid_NT = padding_mask(heard.num_states_B, heard.states_BTD.shape[1])
+        states_NTD = heard.states_BTD * valid_NT[..., None].to(heard.states_BTD.dtype)
+    return patches_NPD, states_NTD

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from omni.config import UserError
-from omni.data.dialogue import ChatEncoder, ChatSamples, Encoded, collate_chats, parse_messages, read_chats
+from omni.data.dialogue import ChatEncoder, Encoded, collate_chats, parse_messages, read_chats
+from omni.data.mixture import ChatSamples
+from omni.data.stream import BatchStream
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer, plain_text
 
 TEXT = ["the big red circle is left of the small blue square.", "how many shapes are there? two.", "yes no maybe"] * 20
@@ -73,6 +75,26 @@ def test_a_transcript_must_fit_into_the_positions_of_its_recording(tokenizer):
         assert short.unfit == unfit
 
 
+def test_pictures_and_recordings_keep_their_places_where_text_is_cut(tokenizer):
+    short = encoder(tokenizer, ctx_len=24, audio=lambda path: 9)
+    sound, picture = {"type": "audio", "audio": "a.wav"}, {"type": "image", "image": "one.png"}
+    long = {"type": "text", "text": "how many shapes are there? " * 10}
+    encoded = short.example(chat(("user", [sound, long, picture]), ("assistant", "yes")), where="sft.jsonl:3")
+    assert len(encoded.tokens) == len(encoded.labels) == 24
+    assert encoded.tokens.count(tokenizer.special[AUDIO]) == 6 and encoded.tokens.count(tokenizer.special[IMAGE]) == 4
+    assert all(label == IGNORE for label in encoded.labels)
+    assert (short.cuts, short.audio_cuts, short.text_cuts, short.mute) == (1, 1, 1, 1)
+    assert short.report == "the ends of 1 recordings, text of 1 chats, 1 of which lost all of their answers"
+    short.begin_count()
+    # an earlier answer is left
+    turns = chat(("user", [picture]), ("assistant", "no"), ("user", [long, picture]), ("assistant", "yes"))
+    encoded = short.example(turns)
+    assert [label for label in encoded.labels if label != IGNORE] == [*tokenizer.encode(" no"), tokenizer.end_id]
+    assert encoded.tokens.count(tokenizer.special[IMAGE]) == 8 and short.mute == 0 and short.text_cuts == 1
+    with pytest.raises(UserError, match=r"sft\.jsonl:3: pictures and recordings alone take 28 positions, .* at most"):
+        short.example(chat(("user", [picture] * 7), ("assistant", "yes")), where="sft.jsonl:3")
+
+
 def test_a_long_chat_is_cut_and_counted(tokenizer):
     short = encoder(tokenizer, ctx_len=16)
     encoded = short.example(chat(("user", "how many?"), ("assistant", "the big red circle " * 10)))
@@ -120,13 +142,41 @@ def test_read_chats_lists_every_problem_by_line(tmp_path):
     assert f"{path}:2" in str(caught.value) and f"{path}:3" in str(caught.value) and "no.png" in str(caught.value)
 
 
+def epoch_of(samples, epoch, seed=0):
+    """The tokens of an epoch's samples, and of each batch."""
+    stream = BatchStream(samples, 2, seed, samples.lengths, quotas=samples.quotas)
+    batches = [[samples.sample(index, None).tokens[0] for index in batch] for batch in stream.order(epoch)]
+    return sorted(itertools.chain(*batches)), batches
+
+
 def test_weights_and_replay_set_how_often_a_task_occurs():
     chats = [Encoded([i], [i]) for i in range(6)]
-    replay = [Encoded([100], [100]), Encoded([101], [101])]
+    replay = [Encoded([100 + i], [100 + i]) for i in range(5)]
     samples = ChatSamples(chats, ["a", "a", "b", "b", "b", "b"], {"a": 3.0, "b": 0.5}, lambda s: s, replay, 0.2)
-    tokens = [samples.sample(i, None).tokens[0] for i in range(len(samples))]
-    assert sorted(tokens[: samples.num_chats]) == [0, 0, 0, 1, 1, 1, 2, 3]
-    assert len(tokens) - samples.num_chats == 2 and set(tokens[-2:]) == {100, 101}
+    epochs = [epoch_of(samples, epoch)[0] for epoch in range(20)]
+    for tokens in epochs:
+        assert len(tokens) == 10 and tokens[:6] == [0, 0, 0, 1, 1, 1] and tokens[8:] == [100, 101]
+        assert len(set(tokens[6:8])) == 2  # half of the four, each at most once
+    assert set(itertools.chain(*epochs)) == {0, 1, 2, 3, 4, 5, 100, 101}  # another half in another epoch
+    assert epoch_of(samples, 3) == epoch_of(samples, 3) and epoch_of(samples, 3) != epoch_of(samples, 3, seed=1)
+    anew = ChatSamples(chats, ["a"] * 6, {}, lambda s: s, replay, 0.25, replay_anew=True)
+    epochs = [epoch_of(anew, epoch)[0] for epoch in range(20)]
+    assert all(tokens[:6] == [0, 1, 2, 3, 4, 5] and len(tokens) == 8 for tokens in epochs)
+    assert {token for tokens in epochs for token in tokens if token >= 100} == {100, 101, 102, 103, 104}
+    never = ChatSamples(chats, ["a", "a", "b", "b", "b", "b"], {"a": 0.0}, lambda s: s)
+    assert epoch_of(never, 0)[0] == [2, 3, 4, 5]
+
+
+def test_without_weights_an_epoch_is_every_sample_once():
+    samples = ChatSamples([Encoded([i], [i]) for i in range(6)], ["a"] * 6, {}, lambda s: s)
+    plain = BatchStream(samples, 2, 0, samples.lengths)
+    assert samples.quotas == [] and BatchStream(samples, 2, 0, samples.lengths, quotas=samples.quotas).order(2) == (
+        plain.order(2)
+    )
+
+
+def test_weights_of_no_task_are_refused():
+    chats = [Encoded([i], [i]) for i in range(6)]
     with pytest.raises(UserError, match="task_weights"):
         ChatSamples(chats, ["a"] * 6, {"c": 1.0}, lambda s: s)
 

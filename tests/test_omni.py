@@ -14,7 +14,15 @@ from omni.losses import next_token_loss_sum
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.models.codec import CodecConfig
 from omni.models.omni import OmniConfig, OmniModel, replace_at
-from omni.models.projector import ProjectorConfig, build_projector, match_rms, stack_patches, stack_states
+from omni.models.projector import (
+    ProjectorConfig,
+    build_projector,
+    match_rms,
+    num_stacked,
+    patch_rectangle,
+    stack_patches,
+    stack_states,
+)
 from omni.models.quantizer import QuantizerConfig
 from omni.models.speaker import SpeakerConfig
 from omni.models.speech import SpeechConfig
@@ -128,6 +136,19 @@ def test_stacking_keeps_neighbours_together():
     assert stack_patches(patches, 4)[0].tolist()[:2] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     states = torch.arange(1.0, 6.0).view(1, 5, 1)
     assert stack_states(states, 2)[0].tolist() == [[1, 2], [3, 4], [5, 0]]
+
+
+@pytest.mark.parametrize("stack", range(1, 18))
+def test_every_patch_has_one_place_in_any_stack(stack):
+    patches = torch.arange(1.0, 17.0).view(1, 16, 1)
+    stacked = stack_patches(patches, stack)
+    assert stacked.shape == (1, num_stacked(16, stack), stack)
+    assert sorted(value for value in stacked.flatten().tolist() if value) == patches.flatten().tolist()
+    rows, columns = patch_rectangle(stack)
+    for group in stacked[0].int().tolist():
+        places = [divmod(value - 1, 4) for value in group if value]
+        for line, most in zip(zip(*places, strict=True), (rows, columns), strict=True):
+            assert max(line) - min(line) < most
 
 
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from omni.audio import recording_seconds
@@ -167,6 +166,8 @@ class Encoded:
     transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known and fits there
     replay: bool = False  # plain text, in which every token is a label
     where: str = ""  # where it stands in the user's files
+    pixels: list[torch.Tensor] = field(default_factory=list)  # the pictures themselves, where their encoder is trained
+    frames: list[torch.Tensor] = field(default_factory=list)  # likewise the recordings' log-mel frames
 
 
 class ChatEncoder:
@@ -177,6 +178,9 @@ class ChatEncoder:
         image_positions: positions that a picture takes.
         audio_positions: positions that the recording at a path takes.
         ctx_len: most positions of a chat; all its recordings together take at most a quarter of them.
+
+    What does not fit is cut and counted: of recordings beyond their quarter the end, of text what comes last, so that
+    pictures and recordings keep their positions.
     """
 
     def __init__(
@@ -184,8 +188,23 @@ class ChatEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.image_positions, self.audio_positions, self.ctx_len = image_positions, audio_positions, ctx_len
+        self.begin_count()
+
+    def begin_count(self) -> None:
+        """Count from here on."""
         self.cuts = 0  # chats of which something was cut
+        self.audio_cuts = 0  # recordings of which the end was cut, or all
+        self.text_cuts = 0  # chats of which text was cut
+        self.mute = 0  # of them, those without any of their answers
         self.unfit = 0  # transcripts with more tokens than CTC can write into the positions of their recording
+
+    @property
+    def report(self) -> str:
+        """What was cut, in words."""
+        return (
+            f"the ends of {self.audio_cuts} recordings, text of {self.text_cuts} chats, "
+            f"{self.mute} of which lost all of their answers"
+        )
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
         """Everything up to where the assistant's next answer begins."""
@@ -197,7 +216,12 @@ class ChatEncoder:
         return encoded
 
     def example(self, messages: Sequence[Message], transcript: str = "", where: str = "") -> Encoded:
-        """A whole chat for training, cut at the end where it is too long; ``transcript`` is of its only recording."""
+        """A whole chat for training, cut where it is too long; ``transcript`` is of its only recording.
+
+        Raises:
+            UserError: when pictures and recordings alone take more than ``ctx_len`` positions.
+        """
+        before = self.audio_cuts
         encoded = self._encode(messages)
         encoded.where = where
         if transcript and len(encoded.audios) == 1:
@@ -206,16 +230,39 @@ class ChatEncoder:
                 encoded.transcript = spoken
             else:
                 self.unfit += 1
-        if len(encoded.tokens) > self.ctx_len + 1:
-            self.cuts += 1
-            media = {self.tokenizer.special[token] for token in _MEDIA.values()}
-            if media.intersection(encoded.tokens[self.ctx_len :]):
-                raise UserError(f"pictures and recordings alone take more than ctx_len = {self.ctx_len} positions")
+        too_long = len(encoded.tokens) > self.ctx_len + 1
+        if too_long:
+            self._cut_text(encoded)
+            self.text_cuts += 1
+            self.mute += all(label == IGNORE for label in encoded.labels)
+        self.cuts += too_long or self.audio_cuts > before
         # the label of a position is the token after it
-        encoded.tokens = encoded.tokens[: self.ctx_len + 1]
-        encoded.labels = encoded.labels[1 : len(encoded.tokens)]
+        encoded.labels = encoded.labels[1:]
         encoded.tokens = encoded.tokens[:-1]
         return encoded
+
+    def _cut_text(self, encoded: Encoded) -> None:
+        """Drop text from the end until one token more than ``ctx_len`` is left, whose label alone is used."""
+        media = {self.tokenizer.special[token] for token in _MEDIA.values()}
+        text = [index for index, token in enumerate(encoded.tokens) if token not in media]
+        room = self.ctx_len + 1 - (len(encoded.tokens) - len(text))
+        if room < 1:
+            where = f"{encoded.where}: " if encoded.where else ""
+            raise UserError(
+                f"{where}pictures and recordings alone take {self.ctx_len + 1 - room} positions, expected at most "
+                f"ctx_len = {self.ctx_len}; give fewer of them, or stack more of their states in a position"
+            )
+        kept = text[:room]
+        if kept[-1] < max(
+            (index for index in range(len(encoded.tokens)) if encoded.tokens[index] in media), default=-1
+        ):
+            # end with text all the same: of the last token the label alone is used, and there is none to learn here
+            kept[-1] = text[-1]
+            encoded.labels[text[-1]] = IGNORE
+        dropped = {*text} - {*kept}
+        order = [index for index in range(len(encoded.tokens)) if index not in dropped]
+        encoded.tokens = [encoded.tokens[index] for index in order]
+        encoded.labels = [encoded.labels[index] for index in order]
 
     def _encode(self, messages: Sequence[Message]) -> Encoded:
         special, encoded = self.tokenizer.special, Encoded([], [])
@@ -233,7 +280,7 @@ class ChatEncoder:
                     encoded.images.append(part.value)
                 else:
                     audio_left -= size
-                    self.cuts += size < wanted
+                    self.audio_cuts += size < wanted
                     encoded.audios.append(part.value)
                     encoded.audio_positions.append(size)
                 _append(encoded, [special[_MEDIA[part.kind]]] * size, False)
@@ -260,6 +307,9 @@ class ChatBatch(Batch):
         positions_N: positions that each recording takes.
         transcripts_NS: tokens of each recording's transcript, padded.
         num_transcript_N: how many; 0 where there is none, or none that fits.
+        pixels_N3HW: the pictures themselves, uint8, where their encoder is trained; ``patches_NPD`` is empty then.
+        frames_NFM: log-mel frames of the recordings, padded, likewise; ``states_NTD`` is empty then.
+        num_frames_N: how many of them are not padding.
     """
 
     tokens_BT: torch.Tensor
@@ -271,6 +321,9 @@ class ChatBatch(Batch):
     positions_N: torch.Tensor
     transcripts_NS: torch.Tensor
     num_transcript_N: torch.Tensor
+    pixels_N3HW: torch.Tensor | None = None
+    frames_NFM: torch.Tensor | None = None
+    num_frames_N: torch.Tensor | None = None
 
 
 Features = Callable[[str], torch.Tensor]
@@ -327,56 +380,3 @@ def collate_chats(
         transcripts_NS,
         torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
     )
-
-
-class ChatSamples:
-    """Chats as training samples, each task as often as its weight says, mixed with documents of stage A's text.
-
-    Args:
-        chats: encoded chats.
-        tasks: the task of each.
-        task_weights: how often a task's chats occur in an epoch (1: once); tasks not named have weight 1.
-        replay: windows of text as encoded chats whose every token is a label; ``replay_share`` of all samples.
-    """
-
-    def __init__(
-        self,
-        chats: Sequence[Encoded],
-        tasks: Sequence[str],
-        task_weights: dict[str, float],
-        collate: Callable[[Sequence[Encoded]], ChatBatch],
-        replay: Sequence[Encoded] = (),
-        replay_share: float = 0.0,
-    ) -> None:
-        unknown = [task for task in task_weights if task not in tasks]
-        if unknown:
-            raise UserError(f"task_weights: found {unknown[0]!r}, expected one of {', '.join(sorted(set(tasks)))}")
-        self._collate = collate
-        picks: list[Encoded] = []
-        for task in sorted(set(tasks)):
-            group = [chat for chat, name in zip(chats, tasks, strict=True) if name == task]
-            wanted = round(len(group) * task_weights.get(task, 1.0))
-            picks += [group[i % len(group)] for i in range(wanted)]
-        self.num_chats = len(picks)
-        wanted = round(self.num_chats * replay_share / (1 - replay_share)) if replay else 0
-        self.samples = picks + [replay[i % len(replay)] for i in range(wanted)]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions of each sample, for batches of similar length."""
-        return [len(chat.tokens) for chat in self.samples]
-
-    def where(self, index: int) -> str:
-        """``file:line`` of a chat, or which replayed text it is."""
-        return self.samples[index].where
-
-    def sample(self, index: int, rng: np.random.Generator | None) -> Encoded:
-        """An encoded chat or window of text."""
-        return self.samples[index]
-
-    def collate(self, samples: list[Any]) -> ChatBatch:
-        """One right-padded batch."""
-        return self._collate(samples)

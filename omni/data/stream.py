@@ -63,6 +63,25 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
+class Quota:
+    """Samples ``first`` to ``end`` (exclusive), ``count`` of which an epoch has.
+
+    Each comes as often as any other, give or take once; which come once more is drawn anew for each epoch.
+    """
+
+    first: int
+    end: int
+    count: int
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """The indices of an epoch."""
+        every = np.arange(self.first, self.end)
+        return np.concatenate(
+            [np.repeat(every, self.count // len(every)), rng.permutation(every)[: self.count % len(every)]]
+        )
+
+
+@dataclass(frozen=True)
 class _Prepared:
     """A batch as it leaves a worker: its rows, the batch (None when no sample is usable), and what is unusable."""
 
@@ -77,7 +96,7 @@ class BatchStream:
     ``rules`` say what to do about a sample that cannot be used; ``left_out`` such have been left out already.
     With ``lengths``, batches are drawn from buckets of similar length, so that little of a batch is padding; with
     ``short_first`` as well, the first epoch goes from short to long (SortaGrad, Amodei et al., 2016), which helps CTC
-    to find its first alignments.
+    to find its first alignments. With ``quotas`` an epoch is not every sample once, but what they say.
     """
 
     def __init__(
@@ -90,11 +109,14 @@ class BatchStream:
         short_first: bool = False,
         rules: DataConfig = _ALL_GOOD,
         left_out: int = 0,
+        quotas: Sequence[Quota] = (),
     ) -> None:
-        if len(samples) == 0:
+        self.quotas = tuple(quotas)
+        self.epoch_size = sum(quota.count for quota in quotas) if quotas else len(samples)
+        if self.epoch_size == 0:
             raise UserError("no sample is left to train on, expected at least one")
         self.samples = samples
-        self.batch_size = min(batch_size, len(samples))
+        self.batch_size = min(batch_size, self.epoch_size)
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.num_workers = num_workers
@@ -109,7 +131,7 @@ class BatchStream:
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in an epoch; the few samples left over come in another epoch's order."""
-        return len(self.samples) // self.batch_size
+        return self.epoch_size // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -180,7 +202,11 @@ class BatchStream:
     def order(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch as lists of indices."""
         rng = np.random.default_rng((self.seed, epoch))
-        indices = rng.permutation(len(self.samples))
+        if self.quotas:
+            drawn = np.concatenate([quota.draw(rng) for quota in self.quotas])
+            indices = drawn[rng.permutation(len(drawn))]
+        else:
+            indices = rng.permutation(len(self.samples))
         if self.lengths is not None:
             # sort inside windows of 50 batches: lengths are alike within a batch, the order stays random overall
             window = 50 * self.batch_size

@@ -256,12 +256,13 @@ def _judge(size: str) -> AudioEncoder | None:
 def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.data.dialogue import read_chats
     from omni.evaluate.omni import Examiner, examine
-    from omni.features import FeatureStore
+    from omni.features import FeatureStore, cache_of
     from omni.load import load_omni
 
     model, tokenizer = load_omni(inputs["omni"])
     chats = read_chats(case.test_set("omni", case.own.sft, "--sft"), case.rules("omni"))
-    figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, FeatureStore(model)), chats).figures)
+    features = FeatureStore(model, cache_of(inputs["omni"]), case.rules("omni"))
+    figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, features), chats).figures)
     if case.path("thinker").exists():
         figures["bits_per_byte"] = _likelihood(model.thinker, tokenizer, case)[0].bits_per_byte()
     return figures

@@ -13,7 +13,15 @@ from torch import nn
 
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.ctc import ctc_sum
-from omni.models.projector import ProjectorConfig, TranscriptHead, build_projector, stack_patches, stack_states
+from omni.models.lora import LoRAConfig, add_adapters
+from omni.models.projector import (
+    ProjectorConfig,
+    TranscriptHead,
+    build_projector,
+    num_stacked,
+    stack_patches,
+    stack_states,
+)
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
@@ -29,6 +37,7 @@ class OmniConfig:
     speech: SpeechConfig
     image_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     audio_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    lora: LoRAConfig | None = None  # of the Thinker, where they are not merged into its weights
 
 
 class OmniModel(nn.Module):
@@ -38,6 +47,8 @@ class OmniModel(nn.Module):
         super().__init__()
         self.config, self.image_id, self.audio_id = config, image_id, audio_id
         self.thinker = Thinker(config.thinker)
+        if config.lora is not None:
+            add_adapters(self.thinker, config.lora)
         self.audio_encoder = AudioEncoder(config.audio_encoder)
         self.vision_encoder = VisionEncoder(config.vision_encoder)
         self.speech = SpeechModel(config.speech)
@@ -49,7 +60,7 @@ class OmniModel(nn.Module):
     @property
     def image_positions(self) -> int:
         """Positions that a picture takes."""
-        return self.config.vision_encoder.num_patches // self.config.image_projector.stack
+        return num_stacked(self.config.vision_encoder.num_patches, self.config.image_projector.stack)
 
     def audio_positions(self, num_states: int) -> int:
         """Positions that a recording of ``num_states`` encoder states takes."""

@@ -7,6 +7,7 @@ residual stream has known nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,13 +25,15 @@ class ProjectorConfig:
     """Shape of a projector."""
 
     kind: Literal["linear", "swiglu"] = "swiglu"
-    stack: int = 4  # states a position; for pictures a square number of patches
+    stack: int = 4  # states a position; of pictures rectangles of patches, squares where the number is one
     hidden_dim: int = 512
 
     def problems(self) -> Iterator[Problem]:
         """Shapes that cannot be built."""
         if self.stack < 1:
             yield Problem("stack", str(self.stack), "at least 1")
+        if self.hidden_dim < 1:
+            yield Problem("hidden_dim", str(self.hidden_dim), "at least 1")
 
 
 class LinearProjector(nn.Module):
@@ -45,7 +48,13 @@ class LinearProjector(nn.Module):
 
     def forward(self, stacked: torch.Tensor) -> torch.Tensor:
         """[..., stack * in_dim] to [..., out_dim]."""
-        return self.post_norm(self.down(F.relu(self.up(stacked))))
+        return self.walk(stacked)["post_norm"]
+
+    def walk(self, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every step on the way, by name, in order."""
+        hidden = F.relu(self.up(stacked))
+        down = self.down(hidden)
+        return {"stacked": stacked, "hidden": hidden, "down": down, "post_norm": self.post_norm(down)}
 
 
 class SwiGLUProjector(nn.Module):
@@ -62,8 +71,14 @@ class SwiGLUProjector(nn.Module):
 
     def forward(self, stacked: torch.Tensor) -> torch.Tensor:
         """[..., stack * in_dim] to [..., out_dim]."""
+        return self.walk(stacked)["post_norm"]
+
+    def walk(self, stacked: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every step on the way, by name, in order."""
         h = self.pre_norm(stacked)
-        return self.post_norm(self.down(F.silu(self.gate(h)) * self.up(h)))
+        gated = F.silu(self.gate(h)) * self.up(h)
+        down = self.down(gated)
+        return {"stacked": stacked, "pre_norm": h, "gated": gated, "down": down, "post_norm": self.post_norm(down)}
 
 
 class TranscriptHead(nn.Module):
@@ -86,12 +101,15 @@ class TranscriptHead(nn.Module):
             return (self.log_scale.exp() * projected_NSD.float() @ symbols_VD.T).log_softmax(dim=-1)
 
 
-def build_projector(in_dim: int, out_dim: int, config: ProjectorConfig) -> LinearProjector | SwiGLUProjector:
+Projector = LinearProjector | SwiGLUProjector
+
+
+def build_projector(in_dim: int, out_dim: int, config: ProjectorConfig) -> Projector:
     """The projector of a configuration."""
     return (LinearProjector if config.kind == "linear" else SwiGLUProjector)(in_dim, out_dim, config)
 
 
-def match_rms(projector: LinearProjector | SwiGLUProjector, embeddings_VD: torch.Tensor) -> None:
+def match_rms(projector: Projector, embeddings_VD: torch.Tensor) -> None:
     """Give a projector's output the RMS of the token embeddings; to be called once, before training."""
     with torch.no_grad():
         projector.post_norm.weight.fill_(embeddings_VD.float().square().mean().sqrt())
@@ -104,9 +122,25 @@ def stack_states(states_BTD: torch.Tensor, stack: int) -> torch.Tensor:
     return padded.reshape(B, -1, stack * D)
 
 
+def patch_rectangle(stack: int) -> tuple[int, int]:
+    """Rows and columns of the patches that become one position: a square, or what is nearest to it."""
+    rows = next(rows for rows in range(math.isqrt(stack), 0, -1) if stack % rows == 0)
+    return rows, stack // rows
+
+
+def num_stacked(num_patches: int, stack: int) -> int:
+    """Positions that a picture of ``num_patches`` (a square number) takes."""
+    side, (rows, columns) = math.isqrt(num_patches), patch_rectangle(stack)
+    return -(-side // rows) * -(-side // columns)
+
+
 def stack_patches(patches_BPD: torch.Tensor, stack: int) -> torch.Tensor:
-    """Squares of ``stack`` patches become one position: [B, P, D] to [B, P / stack, stack * D] (pixel shuffle)."""
+    """Rectangles of ``stack`` patches become one position: [B, P, D] to [B, num_stacked(P), stack * D].
+
+    This is pixel shuffle where ``stack`` is a square number; rectangles that reach over the edge are padded with zeros.
+    """
     B, P, D = patches_BPD.shape
-    side, edge = round(P**0.5), round(stack**0.5)
-    grid = patches_BPD.view(B, side // edge, edge, side // edge, edge, D)
-    return grid.permute(0, 1, 3, 2, 4, 5).reshape(B, P // stack, stack * D)
+    side, (rows, columns) = math.isqrt(P), patch_rectangle(stack)
+    grid = F.pad(patches_BPD.view(B, side, side, D), (0, 0, 0, -side % columns, 0, -side % rows))
+    grid = grid.view(B, grid.shape[1] // rows, rows, grid.shape[2] // columns, columns, D)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(B, -1, stack * D)
