@@ -96,32 +96,44 @@ def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> tuple[li
     return [item for item in found if isinstance(item, torch.Tensor)], problems
 
 
-@torch.no_grad()
 def encode_images(
     encoder: VisionEncoder, paths: Sequence[str], batch_size: int = 128, max_pixels: int = RULES.max_pixels
 ) -> list[torch.Tensor]:
     """Patch tokens [P, D] of each picture, on the CPU."""
-    device, found, problems = next(encoder.parameters()).device, list[torch.Tensor](), dict[str, str]()
+    found, problems = list[torch.Tensor](), dict[str, str]()
     read = functools.partial(load_image, size=encoder.config.image_size, max_pixels=max_pixels)
     for start in range(0, len(paths), batch_size):
         pixels, bad = _load(read, paths[start : start + batch_size])
         problems |= bad
         if not problems:  # else it is enough to know what else is wrong
-            found += list(encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD.float().cpu())
+            found += encode_pixels(encoder, pixels)
     if problems:
         raise UnusableMediaError(problems)
     return found
 
 
 @torch.no_grad()
+def encode_pixels(encoder: VisionEncoder, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Patch tokens [P, D] of each picture, given as uint8 [3, image_size, image_size], on the CPU."""
+    device = next(encoder.parameters()).device
+    return list(encoder.encode_image(torch.stack(list(pixels)).to(device)).patches_BPD.float().cpu())
+
+
 def encode_recordings(encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32) -> list[torch.Tensor]:
     """States [T, D] of each recording, on the CPU; batches hold recordings of similar length."""
-    device, front = next(encoder.parameters()).device, log_mel(encoder.config.mel)
+    front = log_mel(encoder.config.mel)
     frames, problems = _load(lambda path: front(load_audio(path, encoder.config.mel.sample_rate)), paths)
     if problems:
         raise UnusableMediaError(problems)
-    order = sorted(range(len(paths)), key=lambda index: len(frames[index]))
-    found: list[torch.Tensor] = [torch.empty(0)] * len(paths)
+    return encode_frames(encoder, frames, batch_size)
+
+
+@torch.no_grad()
+def encode_frames(encoder: AudioEncoder, frames: Sequence[torch.Tensor], batch_size: int = 32) -> list[torch.Tensor]:
+    """States [T, D] of each recording, given as log-mel frames [F, M], on the CPU."""
+    device = next(encoder.parameters()).device
+    order = sorted(range(len(frames)), key=lambda index: len(frames[index]))
+    found: list[torch.Tensor] = [torch.empty(0)] * len(frames)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         frames_BFM, num_frames_B = pad_frames([frames[index] for index in rows])

@@ -1,10 +1,14 @@
-"""A whole omni model from random weights, tiny, that says different things to different prompts; also a checkpoint."""
+"""A tiny omni model from random weights that says different things to different prompts; what to show it."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
+from PIL import Image
 
 from omni.checkpoint import as_tensor, save_checkpoint
 from omni.config import to_dict
@@ -126,3 +130,21 @@ def prompts(model: OmniModel, tokenizer: Tokenizer) -> list[Encoded]:
         prompt("image:d", "audio:e", "who ?"),
         prompt("image:f", "image:g", "what is above the star ?", "audio:hi"),
     ]
+
+
+def picture(color: tuple[int, ...] = (200, 30, 30), mode: str = "RGB", kind: str = "PNG", size: int = 40) -> bytes:
+    """A circle's bounding box, filled, in a picture file."""
+    image = Image.new(mode, (size, size), tuple(255 - c for c in color) if mode == "RGB" else 0)
+    image.paste(color, (8, 8, size // 2, size // 2))
+    writer = io.BytesIO()
+    image.save(writer, kind)
+    return writer.getvalue()
+
+
+def sound(seconds: float = 0.6, pitch: float = 300, kind: str = "WAV", rate: int = 16000) -> bytes:
+    """A tone that grows, in a sound file."""
+    time = np.arange(int(rate * seconds)) / rate
+    wave = 16000 * time / max(seconds, 1e-9) * np.sin(2 * np.pi * pitch * time)
+    writer = io.BytesIO()
+    soundfile.write(writer, wave.round().astype(np.int16), rate, format=kind)  # of floats, containers round differently
+    return writer.getvalue()
