@@ -6,10 +6,11 @@ encoded when an answer first needs them. Nothing of a conversation is kept here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import torch
 
@@ -30,6 +31,7 @@ from omni.streaming import stream_speech
 from omni.summary import read_summary
 from omni.tokenizer import AUDIO, IMAGE, SPECIALS, Tokenizer
 
+Result = TypeVar("Result")
 # What people send is decoded while others wait: far less than a training set may hold
 MEDIA_RULES = DataConfig(max_pixels=24_000_000, max_audio_seconds=30.0)
 _ANSWER_ROOM = 64  # positions kept free for an answer, or a quarter of them where that is less
@@ -60,6 +62,32 @@ class PromptPiece:
     kind: Literal["mark", "text", "image", "audio"]
     text: str
     positions: int
+
+
+def longest_end(
+    messages: Sequence[Message], fits: Callable[[Sequence[Message]], Result]
+) -> tuple[Result, Sequence[Message]]:
+    """Leave out the oldest turns of a chat, but for what the system says, until it fits.
+
+    Args:
+        messages: the whole chat.
+        fits: raises TooLongError where a chat does not fit.
+
+    Returns:
+        What ``fits`` gave, and the chat that it gave it for.
+
+    Raises:
+        TooLongError: when not even the last question fits.
+    """
+    while True:
+        try:
+            return fits(messages), messages
+        except TooLongError:
+            starts = [index for index, message in enumerate(messages) if message.role == "user"]
+            if len(starts) < 2:
+                raise
+            system = itertools.takewhile(lambda message: message.role == "system", messages)
+            messages = [*system, *messages[starts[1] :]]
 
 
 class Media:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from omni.assistant import Assistant, Voice
+from omni.assistant import Assistant, Voice, longest_end
 from omni.audio import save_wav
 from omni.config import UserError
-from omni.data.dialogue import Encoded, Message, Part, TooLongError
+from omni.data.dialogue import Encoded, Message, Part
 from omni.data.images import read_image_size
 from omni.generate import AnswerSettings
 from omni.sound_device import NoSoundDeviceError, Player, Recorder
@@ -201,20 +201,12 @@ class TerminalChat:
 
     def _prompt(self) -> Encoded:
         """The conversation, from the oldest turn on that still fits."""
-        kept = self._messages
-        while True:
-            try:
-                prompt = self.assistant.prompt(kept, self._media)
-            except TooLongError:
-                if len(kept) == 1:  # it is the question itself
-                    raise
-                kept = kept[2:]  # without the oldest question and its answer
-                continue
-            if len(kept) < len(self._messages) and not self._said_cut:
-                self._said_cut = True
-                self._line(f"(the oldest turns no longer fit into {self.assistant.ctx_len} positions and are left out)")
-            self._messages = kept
-            return prompt
+        prompt, kept = longest_end(self._messages, lambda messages: self.assistant.prompt(messages, self._media))
+        if len(kept) < len(self._messages) and not self._said_cut:
+            self._said_cut = True
+            self._line(f"(the oldest turns no longer fit into {self.assistant.ctx_len} positions and are left out)")
+        self._messages = list(kept)
+        return prompt
 
     def _shown(self, generation: Iterable[list[str]]) -> Iterator[str]:
         for (piece,) in generation:

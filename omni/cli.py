@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,13 @@ def _add_talking(commands: Any) -> None:
     _add_sampling(chat, "token")
     chat.set_defaults(function=_chat)
 
+    serve = commands.add_parser("serve", help="a web page to talk to it, and endpoints as OpenAI's API has them")
+    _add_omni(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; any but this machine's needs --token")
+    serve.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    serve.add_argument("--token", help="what every request must bring; by default the environment's OMNI_TOKEN")
+    serve.set_defaults(function=_serve)
+
 
 def _add_omni(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", default="nano", help="whose omni.pt: that of configs/omni_sft_<size>.json (nano)")
@@ -155,6 +163,20 @@ def _chat(words: argparse.Namespace) -> int:
     voice = Voice(words.voice, speed=words.speed)
     settings = ChatSettings(AnswerSettings(words.max_tokens, sampling), voice, words.speak, words.out)
     return chat(words.checkpoint or stage_of("omni").checkpoint(words.size), settings, words.device)
+
+
+def _serve(words: argparse.Namespace) -> int:
+    try:
+        from omni.server.app import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("omni"):
+            raise
+        raise UserError(
+            f"`omni serve` needs the package {error.name}; `make setup`, or pip install 'micro-omni[serve]'"
+        ) from None
+    checkpoint = words.checkpoint or stage_of("omni").checkpoint(words.size)
+    token = os.environ.get("OMNI_TOKEN", "") if words.token is None else words.token
+    return serve(checkpoint, words.host, words.port, token, words.device)
 
 
 def _check_numbers(words: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ FIGURE = {"value": 0.125, "n": 80, "low": 0.05, "high": 0.2}
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["run", "--help"], ["eval", "--help"], ["data", "synth", "--help"], ["chat", "--help"]]
+    "words", [["--help"], ["run", "--help"], ["eval", "--help"], ["data", "synth", "--help"], ["serve", "--help"]]
 )
 def test_help_is_instant(words: list[str]) -> None:
     code = "import sys; from omni.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
