@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -69,57 +70,79 @@ def recording_seconds(path: str | Path, max_seconds: float = math.inf) -> float:
     Raises:
         UserError: naming the file, when it is missing, empty, not audio, cut off or longer than ``max_seconds``.
     """
-    with _opened(Path(path), max_seconds) as file:
+    with _opened(Path(path), str(path), max_seconds) as file:
         if file.frames < _UNKNOWN_LENGTH:
             return float(file.frames / file.samplerate)
-        return sum(map(len, _blocks(file, Path(path), max_seconds))) / float(file.samplerate)
+        return sum(map(len, _blocks(file, str(path), max_seconds))) / float(file.samplerate)
 
 
 def load_audio(
-    path: str | Path, sample_rate: int = 16000, normalize: bool = True, max_seconds: float = math.inf
+    source: str | Path | BinaryIO,
+    sample_rate: int = 16000,
+    normalize: bool = True,
+    max_seconds: float = math.inf,
+    name: str = "",
 ) -> torch.Tensor:
     """A recording as mono float samples [samples] at ``sample_rate``, at a standard level unless told otherwise.
 
+    Args:
+        source: a path or an open binary file.
+        sample_rate: of the result.
+        normalize: whether it is brought to the standard level.
+        max_seconds: longer ones are refused by the header, before they are decoded.
+        name: what to call the recording in messages; the path by default.
+
     Raises:
-        UserError: naming the file, when it is missing, empty, not audio, cut off, longer than ``max_seconds`` (which
-            is known before it is decoded), or holds NaN or Inf.
+        UserError: naming the file, when it is missing, empty, not audio, cut off, longer than ``max_seconds``, or holds
+            NaN or Inf.
     """
-    path = Path(path)
-    with _opened(path, max_seconds) as file:
+    name, source = name or str(source), Path(source) if isinstance(source, str) else source
+    with _opened(source, name, max_seconds) as file:
         rate, num_declared, container = file.samplerate, file.frames, file.format
-        blocks = list(_blocks(file, path, max_seconds))
+        blocks = list(_blocks(file, name, max_seconds))
     samples = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if num_declared < _UNKNOWN_LENGTH and too_few_samples(len(samples), num_declared, container):
         found = f"found {len(samples)} of the {num_declared} samples that its header names"
-        raise UserError(f"{path}: cut off: {found}, expected a whole recording")
+        raise UserError(f"{name}: cut off: {found}, expected a whole recording")
     wave = torch.from_numpy(np.ascontiguousarray(samples.mean(axis=1)))
     if not torch.isfinite(wave).all():
-        raise UserError(f"{path}: found NaN or Inf samples, expected finite ones")
+        raise UserError(f"{name}: found NaN or Inf samples, expected finite ones")
     wave = resample(wave, rate, sample_rate)
     return standard_level(wave) if normalize else wave
 
 
-def _opened(path: Path, max_seconds: float) -> soundfile.SoundFile:
+def _opened(source: Path | BinaryIO, name: str, max_seconds: float) -> soundfile.SoundFile:
     """A recording whose header could be read and names no more than ``max_seconds``."""
-    problem = file_problem(path)
+    problem = file_problem(source) if isinstance(source, Path) else ""
     if problem and problem != "found an empty file":
-        raise UserError(f"{path}: {problem.rstrip(':')}, expected wav, flac, ogg, opus or mp3")
+        raise UserError(f"{name}: {problem.rstrip(':')}, expected wav, flac, ogg, opus or mp3")
     try:
-        file = soundfile.SoundFile(str(path))
+        file = soundfile.SoundFile(_for_soundfile(source))
     except (RuntimeError, OSError, TypeError) as error:
-        kind = describe_content(path)
+        kind = describe_content(source)
         reason = f"{kind}, which cannot be decoded: {error}" if kind.endswith("recording") else kind
         expected = "expected wav, flac, ogg, opus or mp3"
-        raise UserError(f"{path}: not a readable recording (found {reason}), {expected}") from None
-    if missing := cut_off(path):
-        raise UserError(f"{path}: cut off: {missing}, expected a whole recording")
+        raise UserError(f"{name}: not a readable recording (found {reason}), {expected}") from None
+    position = None if isinstance(source, Path) else source.tell()
+    if missing := cut_off(source):
+        raise UserError(f"{name}: cut off: {missing}, expected a whole recording")
+    if position is not None and not isinstance(source, Path):
+        source.seek(position)  # libsndfile reads on from where it was
     if file.frames == 0:
-        raise UserError(f"{path}: found no samples, expected a recording")
+        raise UserError(f"{name}: found no samples, expected a recording")
     if file.frames >= _UNKNOWN_LENGTH:
         file.close()
-        return _Stream(str(path))
-    _check_length(file.frames, file, path, max_seconds)
+        return _Stream(_for_soundfile(source))
+    _check_length(file.frames, file, name, max_seconds)
     return file
+
+
+def _for_soundfile(source: Path | BinaryIO) -> str | BinaryIO:
+    """What soundfile opens: a name, or a file at its beginning."""
+    if isinstance(source, Path):
+        return str(source)
+    source.seek(0)
+    return source
 
 
 class _Stream(soundfile.SoundFile):
@@ -130,26 +153,26 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _blocks(file: soundfile.SoundFile, path: Path, max_seconds: float) -> Iterator[np.ndarray]:
+def _blocks(file: soundfile.SoundFile, name: str, max_seconds: float) -> Iterator[np.ndarray]:
     """Samples [S, channels]: all at once, or in pieces where the header does not say how many there are."""
     known, total = file.frames < _UNKNOWN_LENGTH, 0
     while True:
         try:
             block = file.read(-1 if known else _BLOCK, dtype="float32", always_2d=True)
         except (RuntimeError, OSError, MemoryError) as error:
-            raise UserError(f"{path}: damaged or cut off ({error}), expected a whole recording") from None
+            raise UserError(f"{name}: damaged or cut off ({error}), expected a whole recording") from None
         total += len(block)
-        _check_length(total, file, path, max_seconds)
+        _check_length(total, file, name, max_seconds)
         yield block
         if known or len(block) < _BLOCK:
             return
 
 
-def _check_length(num_samples: int, file: soundfile.SoundFile, path: Path, max_seconds: float) -> None:
+def _check_length(num_samples: int, file: soundfile.SoundFile, name: str, max_seconds: float) -> None:
     seconds = num_samples / file.samplerate
     if seconds > max_seconds:
         limit = f"expected at most {max_seconds:g} s (data.max_audio_seconds)"
-        raise UserError(f"{path}: found {seconds:.1f} s of sound, {limit}")
+        raise UserError(f"{name}: found {seconds:.1f} s of sound, {limit}")
 
 
 def resample(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:

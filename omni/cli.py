@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omni.atomic import write_whole
+from omni.config import UserError
 from omni.console import user_errors
 from omni.evaluate.suite import NAMES
+from omni.stages import stage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(function=_evaluate)
 
     _add_looking(commands)
-    _add_speaking(commands)
+    _add_talking(commands)
+    _add_samples(commands)
 
     data = commands.add_parser("data", help="write the micro-world; check manifests")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -61,22 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_speaking(commands: Any) -> None:
-    """The commands that make sounds."""
-    speak = commands.add_parser("speak", help="speak a text into a WAV file")
-    speak.add_argument("text", metavar="TEXT", help="what to say")
-    speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    speak.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
-    speak.add_argument("--reference", type=Path, metavar="FILE", help="a recording whose voice to take instead")
-    speak.add_argument("--size", default="nano", help="whose talker.pt: that of configs/talker_<size>.json (nano)")
-    speak.add_argument("--checkpoint", type=Path, metavar="FILE", help="a talker.pt or omni.pt instead")
-    speak.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable code (default)")
-    speak.add_argument("--top-k", type=int, default=0, help="draw from the k most probable codes; 0: from all")
-    speak.add_argument("--top-p", type=float, default=1.0, help="draw from the most probable codes with this share")
-    speak.add_argument("--speed", type=float, default=1.0, help="2.0 halves every duration")
-    speak.add_argument("--seed", type=int, default=0)
-    speak.set_defaults(function=_speak)
-
+def _add_samples(commands: Any) -> None:
+    """The command that shows what speech output sounds like."""
     samples = commands.add_parser(
         "samples", help="held-out sentences as recorded, coded and spoken: sounds, spectrograms"
     )
@@ -104,6 +94,54 @@ def _add_looking(commands: Any) -> None:
     against.add_argument("--json", action="store_true", help="print one JSON object instead")
     against.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
     against.set_defaults(function=_compare)
+
+
+def _add_talking(commands: Any) -> None:
+    """The commands that let it talk."""
+    speak = commands.add_parser("speak", help="speak a text into a WAV file")
+    speak.add_argument("text", metavar="TEXT", help="what to say")
+    speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
+    speak.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
+    speak.add_argument("--reference", type=Path, metavar="FILE", help="a recording whose voice to take instead")
+    speak.add_argument("--size", default="nano", help="whose talker.pt: that of configs/talker_<size>.json (nano)")
+    speak.add_argument("--checkpoint", type=Path, metavar="FILE", help="a talker.pt or omni.pt instead")
+    speak.add_argument("--speed", type=float, default=1.0, help="2.0 halves every duration")
+    _add_sampling(speak, "code")
+    speak.set_defaults(function=_speak)
+
+    chat = commands.add_parser("chat", help="talk to it in the terminal: text, pictures, recordings")
+    _add_omni(chat)
+    chat.add_argument("--speak", action="store_true", help="answer aloud as well")
+    chat.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
+    chat.add_argument(
+        "--out", type=Path, metavar="DIR", help="write spoken answers as WAV files instead of playing them"
+    )
+    chat.add_argument("--speed", type=float, default=1.0, help="of what is spoken; 2.0 halves every duration")
+    chat.add_argument("--max-tokens", type=int, default=64, metavar="N", help="most tokens of an answer (64)")
+    _add_sampling(chat, "token")
+    chat.set_defaults(function=_chat)
+
+    serve = commands.add_parser("serve", help="a web page to talk to it, and endpoints as OpenAI's API has them")
+    _add_omni(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; any but this machine's needs --token")
+    serve.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    serve.add_argument("--token", help="what every request must bring; by default the environment's OMNI_TOKEN")
+    serve.set_defaults(function=_serve)
+
+
+def _add_omni(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--size", default="nano", help="whose omni.pt: that of configs/omni_sft_<size>.json (nano)")
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="an omni.pt instead")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def _add_sampling(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--temperature", type=float, default=0.0, help=f"0: always the most probable {what} (default)")
+    command.add_argument("--top-k", type=int, default=0, help=f"draw from the k most probable {what}s; 0: from all")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help=f"draw from the most probable {what}s with this share"
+    )
+    command.add_argument("--seed", type=int, default=0)
 
 
 def _run(words: argparse.Namespace) -> int:
@@ -160,26 +198,56 @@ def _compare(words: argparse.Namespace) -> int:
 
 
 def _speak(words: argparse.Namespace) -> int:
-    from omni.config import UserError
+    _check_numbers(words)
     from omni.sampling import Sampling
     from omni.say import Request, say_to_file
-    from omni.stages import STAGES
 
-    for name, fits, expected in (
-        ("temperature", words.temperature >= 0, "0 or more"),
-        ("top_k", words.top_k >= 0, "0 or more"),
-        ("top_p", 0 < words.top_p <= 1, "a share above 0, at most 1"),
-        ("seed", words.seed >= 0, "0 or more"),
-        ("speed", 0.25 <= words.speed <= 4, "0.25 to 4"),
-    ):
-        if not fits:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option}: found {getattr(words, name):g}, expected {expected}", exit_code=2)
-    talker = next(stage for stage in STAGES if stage.kind == "talker")
     sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed)
     request = Request(words.text, words.voice, words.reference, sampling, words.speed)
-    print(say_to_file(words.checkpoint or talker.checkpoint(words.size), request, words.out))
+    print(say_to_file(words.checkpoint or stage_of("talker").checkpoint(words.size), request, words.out))
     return 0
+
+
+def _chat(words: argparse.Namespace) -> int:
+    _check_numbers(words)
+    from omni.assistant import Voice
+    from omni.chat import ChatSettings, chat
+    from omni.generate import AnswerSettings
+    from omni.sampling import Sampling
+
+    sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed)
+    voice = Voice(words.voice, speed=words.speed)
+    settings = ChatSettings(AnswerSettings(words.max_tokens, sampling), voice, words.speak, words.out)
+    return chat(words.checkpoint or stage_of("omni").checkpoint(words.size), settings, words.device)
+
+
+def _serve(words: argparse.Namespace) -> int:
+    try:
+        from omni.server.app import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("omni"):
+            raise
+        raise UserError(
+            f"`omni serve` needs the package {error.name}; `make setup`, or pip install 'micro-omni[serve]'"
+        ) from None
+    checkpoint = words.checkpoint or stage_of("omni").checkpoint(words.size)
+    token = os.environ.get("OMNI_TOKEN", "") if words.token is None else words.token
+    return serve(checkpoint, words.host, words.port, token, words.device)
+
+
+def _check_numbers(words: argparse.Namespace) -> None:
+    """Raise UserError for a number out of its range."""
+    for name, fits, expected in (
+        ("temperature", lambda x: x >= 0, "0 or more"),
+        ("top_k", lambda x: x >= 0, "0 or more"),
+        ("top_p", lambda x: 0 < x <= 1, "a share above 0, at most 1"),
+        ("seed", lambda x: x >= 0, "0 or more"),
+        ("speed", lambda x: 0.25 <= x <= 4, "0.25 to 4"),
+        ("max_tokens", lambda x: x >= 1, "1 or more"),
+    ):
+        if name in words and not fits(getattr(words, name)):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: found {getattr(words, name):g}, expected {expected}", exit_code=2)
 
 
 def _samples(words: argparse.Namespace) -> int:
@@ -191,7 +259,6 @@ def _samples(words: argparse.Namespace) -> int:
 
 
 def _synth(words: argparse.Namespace) -> int:
-    from omni.config import UserError
     from omni.data.synthetic import SIZES, synthesize
 
     if words.size not in SIZES:

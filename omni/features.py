@@ -119,7 +119,6 @@ def _load(load: Callable[[str], torch.Tensor], paths: Sequence[str]) -> tuple[li
     return [item for item in found if isinstance(item, torch.Tensor)], problems
 
 
-@torch.no_grad()
 def encode_images(
     encoder: VisionEncoder,
     paths: Sequence[str],
@@ -128,7 +127,7 @@ def encode_images(
     cache: FeatureCache = _NO_CACHE,
 ) -> list[torch.Tensor]:
     """Patch tokens [P, D] of each picture, fp16 on the CPU."""
-    device, found, problems = next(encoder.parameters()).device, list[torch.Tensor](), dict[str, str]()
+    found, problems = list[torch.Tensor](), dict[str, str]()
     read = functools.partial(load_image, size=encoder.config.image_size, max_pixels=max_pixels)
     made_by = _made_by(encoder, encoder.config) if paths else ""
 
@@ -136,8 +135,7 @@ def encode_images(
         pixels, bad = _load(read, rows)
         if bad or problems:  # then it is enough to know what else is wrong
             raise UnusableMediaError(bad)
-        patches_BPD = encoder.encode_image(torch.stack(pixels).to(device)).patches_BPD
-        return [item.clone() for item in patches_BPD.float().half().cpu()]
+        return encode_pixels(encoder, pixels)
 
     for start in range(0, len(paths), batch_size):
         rows = paths[start : start + batch_size]
@@ -178,13 +176,31 @@ def _frames(encoder: AudioEncoder, paths: Sequence[str]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def encode_pixels(encoder: VisionEncoder, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Patch tokens [P, D], fp16 on the CPU, of pictures given as uint8 [3, image_size, image_size]."""
+    device = next(encoder.parameters()).device
+    patches_BPD = encoder.encode_image(torch.stack(list(pixels)).to(device)).patches_BPD
+    return [item.clone() for item in patches_BPD.float().half().cpu()]
+
+
+@torch.no_grad()
+def encode_frames(encoder: AudioEncoder, frames: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """States [T, D], fp16 on the CPU, of recordings given as log-mel frames [F, M], encoded together."""
+    device = next(encoder.parameters()).device
+    frames_BFM, num_frames_B = pad_frames(frames)
+    output = encoder(frames_BFM.to(device), num_frames_B.to(device))
+    states = zip(output.states_BTD.float().half().cpu(), output.num_states_B.tolist(), strict=True)
+    return [states_TD[:size].clone() for states_TD, size in states]
+
+
 def encode_recordings(
     encoder: AudioEncoder, paths: Sequence[str], batch_size: int = 32, cache: FeatureCache = _NO_CACHE
 ) -> list[torch.Tensor]:
     """States [T, D] of each recording, fp16 on the CPU; batches hold recordings of similar length."""
     if not paths:
         return []
-    device, decoded = next(encoder.parameters()).device, dict[str, torch.Tensor]()
+    decoded = dict[str, torch.Tensor]()
 
     def frames(rows: Sequence[str]) -> list[torch.Tensor]:
         new = [path for path in rows if path not in decoded]
@@ -192,10 +208,7 @@ def encode_recordings(
         return [decoded[path] for path in rows]
 
     def encode(rows: Sequence[str]) -> list[torch.Tensor]:
-        frames_BFM, num_frames_B = pad_frames(frames(rows))
-        output = encoder(frames_BFM.to(device), num_frames_B.to(device))
-        states = zip(output.states_BTD.float().half().cpu(), output.num_states_B.tolist(), strict=True)
-        return [states_TD[:size].clone() for states_TD, size in states]
+        return encode_frames(encoder, frames(rows))
 
     # the lengths say what is encoded together, and are known without decoding once they are kept
     order = sorted(range(len(paths)), key=_lengths(encoder, paths, cache, frames).__getitem__)

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 _HEAD = 512  # bytes that say what a file is
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -83,15 +84,21 @@ def content_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def describe_content(path: Path) -> str:
+def describe_content(source: Path | BinaryIO) -> str:
     """What the first bytes of a file are, in words, for the message that says why a decoder refused it."""
-    if problem := file_problem(path):
-        return problem.removeprefix("found ").rstrip(":")
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        return f"a file that cannot be read ({error.strerror})"
+    if isinstance(source, Path):
+        if problem := file_problem(source):
+            return problem.removeprefix("found ").rstrip(":")
+        try:
+            with source.open("rb") as file:
+                head = file.read(_HEAD)
+        except OSError as error:
+            return f"a file that cannot be read ({error.strerror})"
+    else:
+        source.seek(0)
+        head = source.read(_HEAD)
+        if not head:
+            return "an empty file"
     for start, magic, kind in _MAGIC:
         if head.startswith(magic, start):
             return kind

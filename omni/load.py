@@ -14,7 +14,7 @@ from omni.models.omni import OmniConfig, OmniModel
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
-from omni.stages import STAGES
+from omni.stages import stage_of
 from omni.tokenizer import AUDIO, IMAGE, Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -66,7 +66,7 @@ def load_omni(path: str | Path) -> tuple[OmniModel, Tokenizer]:
 
 
 def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    stage = next(stage for stage in STAGES if stage.kind == kind)
+    stage = stage_of(kind)
     return load_input(path, kind, f"python {stage.script} --config configs/{stage.prefix}_nano.json")
 
 

@@ -22,7 +22,7 @@ from omni.atomic import write_whole
 from omni.config import UserError
 from omni.exchange import Exchange
 from omni.report import Figures, results_table, write_report
-from omni.stages import STAGES, StageInfo, read_raw_config, stages_of
+from omni.stages import StageInfo, read_raw_config, stage_of, stages_of
 from omni.summary import DamagedCheckpointError, fingerprint, read_summary
 
 _ROOT = Path(__file__).parent.parent  # the stage scripts stand beside the package
@@ -169,7 +169,7 @@ def stage_is_complete(stage: StageInfo, size: str, values: dict[str, Any]) -> bo
     path = stage.checkpoint(size)
     try:
         summary = read_summary(path)
-        inputs = {kind: fingerprint(_stage(kind).checkpoint(size)) for kind in stage.needs}
+        inputs = {kind: fingerprint(stage_of(kind).checkpoint(size)) for kind in stage.needs}
     except DamagedCheckpointError as error:
         print(error)
         return False
@@ -188,10 +188,6 @@ def _holds(resolved: Any, given: Any) -> bool:
             key in resolved and _holds(resolved[key], value) for key, value in given.items()
         )
     return bool(resolved == given)
-
-
-def _stage(kind: str) -> StageInfo:
-    return next(stage for stage in STAGES if stage.kind == kind)
 
 
 def _hash_of(stage: StageInfo, size: str) -> Callable[[], dict[str, str]]:
@@ -263,7 +259,7 @@ def _ends_with_parent() -> Callable[[], None] | None:
 def _make_examples(size: str, folder: RunFolder) -> None:
     from omni.examples import example_exchanges
 
-    path = _stage("omni").checkpoint(size)
+    path = stage_of("omni").checkpoint(size)
     test = Path(read_summary(path)["config"]["data"]["test"])
     (folder.path / "examples").mkdir(parents=True, exist_ok=True)
     exchanges = example_exchanges(path, test, folder.path / "examples")

@@ -15,14 +15,17 @@ _OGG_LAST = 0x04  # flag of the page that ends a stream
 _MP3_FRAME = 1152  # samples
 
 
-def cut_off(path: Path) -> str:
+def cut_off(source: Path | BinaryIO) -> str:
     """What is missing at a recording's end, from its headers alone; "" where nothing is, or where they do not say."""
-    with path.open("rb") as file:
-        head = file.read(40)
-        size = file.seek(0, 2)
-        if head.startswith(b"OggS"):
-            return "" if _ends_with_last_page(file, size) else "its last page is missing"
-        end = _declared_end(file, head)
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return cut_off(file)
+    source.seek(0)
+    head = source.read(40)
+    size = source.seek(0, 2)
+    if head.startswith(b"OggS"):
+        return "" if _ends_with_last_page(source, size) else "its last page is missing"
+    end = _declared_end(source, head)
     return f"it should have {end} bytes and has {size}" if end is not None and end > size else ""
 
 

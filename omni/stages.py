@@ -71,6 +71,12 @@ STAGES = (
     ),
 )  # fmt: skip
 
+
+def stage_of(kind: str) -> StageInfo:
+    """The stage that leaves ``<kind>.pt``."""
+    return next(stage for stage in STAGES if stage.kind == kind)
+
+
 # Grades speech output beside stage B: another architecture and another seed, recordings and voices of its own. Sizes
 # without a configuration for it do without.
 JUDGE = StageInfo("J", "train_audio_enc.py", "judge", "audio_enc", (), (), "a second recognizer that only grades")

@@ -88,13 +88,18 @@ class Tokenizer:
         """The end-of-turn token."""
         return self.special[END]
 
-    def num_bytes(self, token: int) -> int:
-        """UTF-8 bytes of text that a token stands for."""
+    def bytes_of(self, token: int) -> bytes:
+        """UTF-8 bytes of text that a token stands for; a character may take several tokens."""
+        piece = str(self._pieces.id_to_piece(token))
         if self._pieces.is_byte(token):
-            return 1
+            return bytes.fromhex(piece[3:5])  # <0x41>
         if self._pieces.is_control(token) or self._pieces.is_unknown(token):
-            return 0
-        return len(self._pieces.id_to_piece(token).replace("\u2581", " ").encode())
+            return b""
+        return piece.replace("\u2581", " ").encode()
+
+    def num_bytes(self, token: int) -> int:
+        """How many they are."""
+        return len(self.bytes_of(token))
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in ``text`` become single ids."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,18 @@ def test_forced_alignment_finds_the_symbols() -> None:
     assert forced_align(log_probs, [1, 2, 2], 0) == [(1, 3), (4, 7), (8, 9)]
     with pytest.raises(ValueError, match="do not fit"):
         forced_align(log_probs[:3], [2, 2, 1], 0)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_an_open_file_is_read_as_its_path_is(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind.lower()}"
+    soundfile.write(path, tone(16000), 16000, format=kind)
+    data = path.read_bytes()
+    file = io.BytesIO(data)
+    file.seek(7)
+    assert torch.equal(load_audio(file), load_audio(path))
+    with pytest.raises(UserError, match=r"what I said: found 0\.5 s of sound, expected at most 0\.2 s"):
+        load_audio(io.BytesIO(data), max_seconds=0.2, name="what I said")
+    for broken, said in ((data[: len(data) // 2], "what I said: "), (b"", "an empty file"), (b"hello", "begins with")):
+        with pytest.raises(UserError, match=said):
+            load_audio(io.BytesIO(broken), name="what I said")

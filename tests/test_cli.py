@@ -30,7 +30,7 @@ FIGURE = {"value": 0.125, "n": 80, "low": 0.05, "high": 0.2}
 # ---- help and usage ----
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["eval", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["inspect", "--help"], ["serve", "--help"]])
 def test_help_is_instant(words: list[str]) -> None:
     code = "import sys; from omni.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     done = command("-c", code, *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
@@ -119,6 +120,7 @@ def test_a_flac_that_was_written_to_a_pipe_is_valid(tmp_path: Path) -> None:
     data[22:26] = bytes(4)
     path.write_bytes(data)
     assert len(load_audio(path)) == 32000 and recording_seconds(path) == 2
+    assert len(load_audio(io.BytesIO(data))) == 32000
     for read in (load_audio, recording_seconds):
         with pytest.raises(UserError, match="expected at most 1 s"):
             read(path, max_seconds=1)

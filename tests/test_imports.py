@@ -17,9 +17,10 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 LAYERS = {
     0: ("config", "parallel", "atomic", "files", "sound_files", "data.entries"),
     1: ("command_line", "console", "curves", "page", "stages", "summary", "lineage", "exchange", "anomaly", "optim",
-        "guards", "training_types", "tokenizer", "speech_text", "sampling", "audio", "models.layers", "models.ctc"),
-    2: ("runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream", "data.manifest",
-        "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",
+        "guards", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
+        "models.layers", "models.ctc"),
+    2: ("answer_text", "runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream",
+        "data.manifest", "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",
         "models.projector", "models.lora", "models.vocoder", "models.speaker"),
     3: ("save_folder", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech", "data.images"),
     4: ("training_utils", "losses", "generate_codes", "thinker_states", "models.speech", "data.voices",
@@ -28,8 +29,8 @@ LAYERS = {
     6: ("streaming", "data.parts", "data.check", "load", "features", "alignment"),
     7: ("generate",),
     8: ("evaluate",),
-    9: ("examples", "inspection", "report", "say", "talker_stage"),
-    10: ("run",),
+    9: ("assistant", "examples", "inspection", "report", "say", "talker_stage"),
+    10: ("chat", "run", "server"),
     11: ("cli",),
 }  # fmt: skip
 # The micro-world is a room of its own: only omni.data.synthetic is used from outside.
@@ -37,7 +38,7 @@ WORLD = ("chats", "drawing", "espeak", "holdouts", "lexicon", "questions", "reco
          "world_plan")  # fmt: skip
 
 # Folders whose modules may import each other.
-ROOMS = ("omni.evaluate.", "omni.inspection.")
+ROOMS = ("omni.evaluate.", "omni.inspection.", "omni.server.")
 
 
 def modules() -> list[Path]:

@@ -9,7 +9,7 @@ import sft_omni
 from omni.checkpoint import save_checkpoint
 from omni.config import UserError
 from omni.data.dialogue import Encoded, collate_chats
-from omni.generate import embed_batch, stream_tokens
+from omni.generate import Decoding, embed_batch
 from omni.losses import next_token_loss_sum
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -163,21 +163,10 @@ def test_placeholders_and_features_must_agree():
         replace_at(torch.zeros(1, 4, 2), torch.tensor([[True, True, False, False]]), torch.ones(3, 2))
 
 
-def test_a_batch_with_left_padding_answers_like_single_prompts(model):
-    def tokens(chosen):
-        batch = batch_of(model, chosen, left=True)
-        return torch.stack(list(stream_tokens(model.thinker, embed_batch(model, batch), batch.valid_BT, END, 12)), 1)
-
-    together = tokens(chats())
-    for row, chat in enumerate(chats()):
-        alone = tokens([chat])[0]
-        assert together[row, : len(alone)].tolist() == alone.tolist()
-
-
 def test_cached_decoding_is_the_argmax_of_a_full_pass(model):
     batch = batch_of(model, chats()[:1], left=True)
     x = embed_batch(model, batch)
-    found = torch.stack(list(stream_tokens(model.thinker, x, batch.valid_BT, END, 8)), 1)[0]
+    found = torch.stack(list(Decoding(model.thinker, x, batch.valid_BT).tokens(END, 8)), 1)[0]
     for token in found:
         with torch.no_grad():
             logits = model.thinker.logits(model.thinker(x).final_BTD[:, -1])

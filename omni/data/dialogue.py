@@ -170,6 +170,10 @@ class Encoded:
     frames: list[torch.Tensor] = field(default_factory=list)  # likewise the recordings' log-mel frames
 
 
+class TooLongError(UserError):
+    """A chat that takes more positions than the model has."""
+
+
 class ChatEncoder:
     """Chats to tokens.
 
@@ -206,13 +210,18 @@ class ChatEncoder:
             f"{self.mute} of which lost all of their answers"
         )
 
-    def prompt(self, messages: Sequence[Message]) -> Encoded:
-        """Everything up to where the assistant's next answer begins."""
+    def prompt(self, messages: Sequence[Message], room: int = 0) -> Encoded:
+        """Everything up to where the assistant's next answer begins.
+
+        Raises:
+            TooLongError: when less than ``room`` positions are left for the answer.
+        """
         encoded = self._encode(messages)
         encoded.tokens.append(self.tokenizer.special[ASSISTANT])
         encoded.labels.append(IGNORE)
-        if len(encoded.tokens) > self.ctx_len:
-            raise UserError(f"the chat takes {len(encoded.tokens)} positions, expected at most {self.ctx_len}")
+        if len(encoded.tokens) > self.ctx_len - room:
+            most = self.ctx_len - room
+            raise TooLongError(f"the chat takes {len(encoded.tokens)} positions, expected at most {most}")
         return encoded
 
     def example(self, messages: Sequence[Message], transcript: str = "", where: str = "") -> Encoded:

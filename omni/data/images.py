@@ -70,8 +70,8 @@ def read_image_size(path: Path, max_pixels: int = RULES.max_pixels) -> tuple[int
 @contextlib.contextmanager
 def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     """A picture whose header could be read and is not too large; whatever its decoder raises names the file."""
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path is not None and (problem := file_problem(path)):
+    source = Path(source) if isinstance(source, str) else source
+    if isinstance(source, Path) and (problem := file_problem(source)):
         raise UserError(f"{name}: {problem.rstrip(':')}, expected a picture")
     try:
         with Image.open(source, formats=_FORMATS) as image:
@@ -83,7 +83,7 @@ def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int) -> Iterat
     except UserError:
         raise
     except Exception as error:  # decoders raise nearly anything on a damaged file
-        kind = describe_content(path) if path is not None else "a damaged picture"
+        kind = describe_content(source)
         reason = f"{kind}: {_short(error)}" if kind.endswith("picture") else kind
         what = "PNG, JPEG, GIF, WebP, BMP or TIFF"
         raise UserError(f"{name}: not a readable picture (found {reason}), expected a whole {what}") from None

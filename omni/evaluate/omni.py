@@ -16,7 +16,7 @@ import torch
 from omni.data.dialogue import Chat, ChatEncoder, Message, Part
 from omni.evaluate.audio_enc import hear
 from omni.features import FeatureStore
-from omni.generate import answer
+from omni.generate import AnswerSettings, generate
 from omni.generate_speech import speak
 from omni.metrics import Figure, accuracy, ratio, word_error_rate
 from omni.models.omni import OmniModel
@@ -61,8 +61,8 @@ class Examiner:
             [path for chat in chats for path in chat.paths("audio")],
         )
         prompts = [self.encoder.prompt(chat.messages[:-1]) for chat in chats]
-        found = answer(self.model, self.tokenizer, prompts, self.features, max_new_tokens)
-        return Answers(list(chats), found)
+        found = generate(self.model, self.tokenizer, prompts, self.features, AnswerSettings(max_new_tokens))
+        return Answers(list(chats), [answer.text for answer in found])
 
 
 def exchanged(chats: Sequence[Chat], kind: str) -> list[Chat]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omni.config import DataConfig, RunConfig, UserError, data_rules
 from omni.console import log
-from omni.stages import JUDGE, STAGES, StageInfo, stages_of
+from omni.stages import JUDGE, STAGES, StageInfo, stage_of, stages_of
 from omni.summary import read_summary
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _Case:
 
     def path(self, kind: str) -> Path:
         """The final checkpoint of a kind."""
-        return _stage(kind).checkpoint(self.size)
+        return stage_of(kind).checkpoint(self.size)
 
     def inputs(self, name: str, stage: StageInfo) -> dict[str, Path]:
         """The checkpoints that an evaluation reads: for speech output also those that the Talker was trained on."""
@@ -116,17 +116,13 @@ def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, l
         inputs = case.inputs(name, stage)
         lacking = [kind for kind, path in inputs.items() if not path.exists()]
         if lacking:
-            command = _stage(lacking[0]).command(size)
+            command = stage_of(lacking[0]).command(size)
             results.missing.append(f"{name}: no {inputs[lacking[0]]}; run `{command}` first")
             continue
         started = time.perf_counter()
         results.figures[name] = {key: figure.to_dict() for key, figure in _EVALUATIONS[name](case, inputs).items()}
         log.info("%s evaluated in %.1f s", name, time.perf_counter() - started)
     return results
-
-
-def _stage(kind: str) -> StageInfo:
-    return next(stage for stage in STAGES if stage.kind == kind)
 
 
 def _thinker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -239,7 +235,7 @@ def show_samples(size: str, own: OwnSets, out: Path, count: int) -> list[Path]:
 
     setup_compute(RunConfig(device="cpu"))
     case = _Case(size, own, count)
-    model, mind, encoder = _speaker(case.inputs("talker", _stage("talker")))
+    model, mind, encoder = _speaker(case.inputs("talker", stage_of("talker")))
     test = case.test_set("talker", own.tts, "--tts")
     return make_samples(model, encoder, test, out, mind, count, case.rules("talker"))
 

@@ -1,0 +1,297 @@
+"""One trained omni model to talk to: what the terminal chat and the server share.
+
+Pictures and recordings of a conversation are decoded when they arrive, so that a bad file is known at once, and
+encoded when an answer first needs them. Nothing of a conversation is kept here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
+
+import torch
+
+from omni.audio import load_audio, log_mel, standard_level
+from omni.config import DataConfig, RunConfig, UserError
+from omni.data.dialogue import ChatEncoder, Encoded, Message, TooLongError
+from omni.data.images import load_image
+from omni.evaluate.audio_enc import transcribe
+from omni.features import encode_frames, encode_pixels
+from omni.generate import AnswerSettings, Generation
+from omni.generate_speech import Mind, embed_speakers, speak
+from omni.load import load_omni
+from omni.models.omni import OmniModel
+from omni.runtime import setup_compute
+from omni.sampling import GREEDY, Sampling
+from omni.speech_text import spoken_words
+from omni.streaming import stream_speech
+from omni.summary import read_summary
+from omni.tokenizer import AUDIO, IMAGE, SPECIALS, Tokenizer
+
+Result = TypeVar("Result")
+# What people send is decoded while others wait: far less than a training set may hold
+MEDIA_RULES = DataConfig(max_pixels=24_000_000, max_audio_seconds=30.0)
+_ANSWER_ROOM = 64  # positions kept free for an answer, or a quarter of them where that is less
+_LONGEST_PIECE = 16  # characters that a token may stand for: SentencePiece's default
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How an answer sounds.
+
+    Attributes:
+        name: a speaker of the training data; None: the first.
+        reference_FM: log-mel frames of a recording whose voice is meant instead.
+        speed: 2.0 halves every duration.
+        sampling: how codes are drawn.
+    """
+
+    name: str | None = None
+    reference_FM: torch.Tensor | None = None
+    speed: float = 1.0
+    sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True)
+class PromptPiece:
+    """A stretch of a prompt: a mark of the template, one token of text, or all positions of a picture or recording."""
+
+    kind: Literal["mark", "text", "image", "audio"]
+    text: str
+    positions: int
+
+
+def longest_end(
+    messages: Sequence[Message], fits: Callable[[Sequence[Message]], Result]
+) -> tuple[Result, Sequence[Message]]:
+    """Leave out the oldest turns of a chat, but for what the system says, until it fits.
+
+    Args:
+        messages: the whole chat.
+        fits: raises TooLongError where a chat does not fit.
+
+    Returns:
+        What ``fits`` gave, and the chat that it gave it for.
+
+    Raises:
+        TooLongError: when not even the last question fits.
+    """
+    while True:
+        try:
+            return fits(messages), messages
+        except TooLongError:
+            starts = [index for index, message in enumerate(messages) if message.role == "user"]
+            if len(starts) < 2:
+                raise
+            system = itertools.takewhile(lambda message: message.role == "system", messages)
+            messages = [*system, *messages[starts[1] :]]
+
+
+class Media:
+    """The pictures and recordings of one conversation, by name. Features are those that training and evaluation see."""
+
+    def __init__(self, model: OmniModel, rules: DataConfig = MEDIA_RULES) -> None:
+        self._model, self._rules = model, rules
+        self._pixels: dict[str, torch.Tensor] = {}
+        self._frames: dict[str, torch.Tensor] = {}
+        self._features: dict[str, torch.Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pixels or name in self._frames
+
+    def add_image(self, name: str, source: Path | BinaryIO) -> None:
+        """Decode a picture. Raises UserError, which calls it ``name``, when it is none or too large."""
+        size = self._model.config.vision_encoder.image_size
+        self._pixels[name] = load_image(source, size, name, self._rules.max_pixels)
+
+    def add_audio(self, name: str, source: Path | BinaryIO) -> float:
+        """Decode a recording; returns its seconds. Raises UserError when it is none or too long."""
+        mel = self._model.config.audio_encoder.mel
+        wave = load_audio(source, mel.sample_rate, max_seconds=self._rules.max_audio_seconds, name=name)
+        return self._add_frames(name, wave)
+
+    def add_wave(self, name: str, wave: torch.Tensor) -> float:
+        """Take samples at the encoder's rate, of any level; returns their seconds."""
+        return self._add_frames(name, standard_level(wave))
+
+    def _add_frames(self, name: str, wave: torch.Tensor) -> float:
+        mel = self._model.config.audio_encoder.mel
+        if len(wave) < mel.n_fft:
+            raise UserError(f"{name}: found {len(wave)} samples, expected a recording of at least {mel.n_fft}")
+        self._frames[name] = log_mel(mel)(wave)
+        return len(wave) / mel.sample_rate
+
+    def frames(self, name: str) -> torch.Tensor:
+        """Log-mel frames [F, M] of a recording."""
+        return self._frames[name]
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Forget all others."""
+        wanted = set(names)
+        for held in (self._pixels, self._frames, self._features):
+            for name in held.keys() - wanted:
+                del held[name]
+
+    def audio_positions(self, name: str) -> int:
+        """Positions that a recording takes in the Thinker's sequence."""
+        num_states_1 = self._model.audio_encoder.num_states(torch.tensor([len(self._frames[name])]))
+        return self._model.audio_positions(int(num_states_1))
+
+    def image(self, name: str) -> torch.Tensor:
+        """Patch tokens [P, D]."""
+        if name not in self._features:
+            self._features[name] = encode_pixels(self._model.vision_encoder, [self._pixels[name]])[0].half()
+        return self._features[name].float()
+
+    def audio(self, name: str) -> torch.Tensor:
+        """Audio encoder states [T, D]."""
+        if name not in self._features:
+            self._features[name] = encode_frames(self._model.audio_encoder, [self._frames[name]])[0].half()
+        return self._features[name].float()
+
+
+class Assistant:
+    """An omni model that answers conversations.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its own.
+        name: what it is called.
+    """
+
+    def __init__(self, model: OmniModel, tokenizer: Tokenizer, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        speech = model.speech.config
+        self.voices, self.sample_rate = speech.voices, speech.mel.sample_rate
+        self.streams_speech = speech.vocoder_kind == "istft"
+        self.ctx_len = model.thinker.config.ctx_len
+
+    @classmethod
+    def load(cls, checkpoint: Path, device: str = "auto") -> Assistant:
+        """The assistant of an ``omni.pt``, named after its run.
+
+        Raises:
+            UserError: when the file is missing, damaged or another stage's, or there is no such device.
+        """
+        precision = setup_compute(RunConfig(device=device))
+        model, tokenizer = load_omni(checkpoint)
+        return cls(model.to(precision.device), tokenizer, str(read_summary(checkpoint)["config"]["name"]))
+
+    @property
+    def seconds_heard(self) -> float:
+        """How much sound all recordings of a conversation may hold together."""
+        encoder, mel = self.model.config.audio_encoder, self.model.config.audio_encoder.mel
+        positions = self.ctx_len // 4
+        return positions * self.model.config.audio_projector.stack * encoder.reduction / mel.frame_rate
+
+    def media(self) -> Media:
+        """Room for a conversation's pictures and recordings."""
+        return Media(self.model)
+
+    @property
+    def _room(self) -> int:
+        """Positions kept free for an answer."""
+        return min(_ANSWER_ROOM, self.ctx_len // 4)
+
+    def check_size(self, messages: Sequence[Message]) -> None:
+        """Raises TooLongError for what can never fit, before any of it is decoded or encoded."""
+        left, parts = self.ctx_len - self._room, [part for message in messages for part in message.parts]
+        num_characters = sum(len(part.value) for part in parts if part.kind == "text")
+        if num_characters > left * _LONGEST_PIECE:
+            raise TooLongError(f"the chat has {num_characters} characters, more than {left} positions can hold")
+        for kind, name, most in (
+            ("image", "pictures", left // self.model.image_positions),
+            ("audio", "recordings", self.ctx_len // 4),
+        ):
+            found = sum(part.kind == kind for part in parts)
+            if found > most:
+                raise TooLongError(f"the chat has {found} {name}, expected at most {most}")
+
+    def prompt(self, messages: Sequence[Message], media: Media) -> Encoded:
+        """A conversation up to where the next answer begins; nothing is cut.
+
+        Raises:
+            TooLongError: when it leaves no room for an answer.
+        """
+        self.check_size(messages)
+        encoder = ChatEncoder(self.tokenizer, self.model.image_positions, media.audio_positions, self.ctx_len)
+        encoded = encoder.prompt(messages, self._room)
+        if encoder.cuts:
+            heard = f"expected at most {self.seconds_heard:.1f} s of them together"
+            raise TooLongError(f"the chat's recordings are too long, {heard}")
+        return encoded
+
+    def pieces(self, prompt: Encoded) -> list[PromptPiece]:
+        """What a prompt is made of, in order."""
+        special = {self.tokenizer.special[mark]: mark for mark in SPECIALS}
+        names = {"image": iter(prompt.images), "audio": iter(prompt.audios)}
+        sizes = {
+            "image": iter([self.model.image_positions] * len(prompt.images)),
+            "audio": iter(prompt.audio_positions),
+        }
+        found: list[PromptPiece] = []
+        at = 0
+        while at < len(prompt.tokens):
+            mark = special.get(prompt.tokens[at], "")
+            if mark in (IMAGE, AUDIO):
+                kind: Literal["image", "audio"] = "image" if mark == IMAGE else "audio"
+                found.append(PromptPiece(kind, next(names[kind]), next(sizes[kind])))
+            elif mark:
+                found.append(PromptPiece("mark", mark, 1))
+            else:
+                text = self.tokenizer.bytes_of(prompt.tokens[at]).decode("utf-8", "replace")
+                found.append(PromptPiece("text", text, 1))
+            at += found[-1].positions
+        return found
+
+    def answer(self, prompt: Encoded, media: Media, settings: AnswerSettings) -> Generation:
+        """The answer to a prompt, while it is written (:class:`omni.generate.Generation` of one row)."""
+        return Generation(self.model, self.tokenizer, [prompt], media, settings)
+
+    def check_voice(self, name: str | None) -> None:
+        """Raises UserError when there is no such voice, or none at all."""
+        if not self.voices:
+            raise UserError("this model was trained without named voices and cannot speak")
+        if name is not None:
+            self.model.speech.voice(name)
+
+    def say(self, pieces: Iterable[str], voice: Voice) -> Iterator[torch.Tensor]:
+        """Yield the samples [S] of a text, at ``sample_rate``, while it still arrives where the vocoder can stream.
+
+        Raises:
+            UserError: when there is nothing to speak, or no such voice.
+        """
+        speech, speaker_E = self.model.speech, self._speaker(voice)
+        mind: Mind | None = (self.model.thinker, self.tokenizer) if speech.config.talker.state_dim else None
+        if self.streams_speech:
+            yield from stream_speech(speech, pieces, speaker_E, mind, voice.sampling, voice.speed)
+        else:
+            yield speak(speech, ["".join(pieces)], speaker_E[None], mind, voice.sampling, voice.speed)[0].wave
+
+    def say_answer(self, pieces: Iterable[str], voice: Voice) -> Iterator[torch.Tensor]:
+        """The same for what the model says; an answer without words is a quarter of a second of silence."""
+        said = list[str]()
+
+        def spoken() -> Iterator[str]:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+
+        try:
+            yield from self.say(spoken(), voice)
+        except UserError:
+            if spoken_words("".join(said)):
+                raise
+            yield torch.zeros(self.sample_rate // 4)
+
+    def _speaker(self, voice: Voice) -> torch.Tensor:
+        if voice.reference_FM is not None:
+            return embed_speakers(self.model.speech, [voice.reference_FM])[0]
+        return self.model.speech.voice(self.voices[0] if voice.name is None else voice.name)
+
+    def transcribe(self, frames_FM: torch.Tensor) -> str:
+        """What the audio encoder hears in a recording, given as log-mel frames."""
+        return transcribe(self.model.audio_encoder, [frames_FM])[0]
