@@ -219,7 +219,7 @@ class Assistant:
         self.check_size(messages)
         encoder = ChatEncoder(self.tokenizer, self.model.image_positions, media.audio_positions, self.ctx_len)
         encoded = encoder.prompt(messages, self._room)
-        if encoder.cuts:
+        if encoder.audio_cuts:
             heard = f"expected at most {self.seconds_heard:.1f} s of them together"
             raise TooLongError(f"the chat's recordings are too long, {heard}")
         return encoded
