@@ -244,7 +244,8 @@ def serve(checkpoint: Path, host: str, port: int, token: str, device: str) -> in
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     print(f"{assistant.name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands it on once the server has ended
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
