@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from omni import ranks
 from omni.atomic import whole_file
 from omni.console import log
 
@@ -42,14 +43,19 @@ def through_cache(
 ) -> list[torch.Tensor]:
     """Tensors from the first folder that has them; else they are computed and kept in the first folder, if any.
 
-    A file that cannot be read is as good as none: what it held is computed again.
+    A file that cannot be read is as good as none: what it held is computed again. Of several ranks the first computes.
     """
     files = [folder / f"{name}-{key}.npz" for folder in folders]
+    with ranks.first() if files else contextlib.nullcontext():
+        return _through(files, compute)
+
+
+def _through(files: list[Path], compute: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     for file in files:
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as kept:
             return [torch.from_numpy(kept[f"arr_{number}"]) for number in range(len(kept.files))]
     found = compute()
-    if files:
+    if files and ranks.rank() == 0:
         try:
             with whole_file(files[0]) as partial, partial.open("wb") as handle:
                 np.savez(handle, *(item.numpy() for item in found))

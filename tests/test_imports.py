@@ -17,7 +17,7 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 LAYERS = {
     0: ("config", "parallel", "atomic", "files", "sound_files", "data.entries"),
     1: ("command_line", "console", "stages", "summary", "lineage", "exchange", "anomaly", "optim", "guards",
-        "training_types", "tokenizer", "speech_text", "sampling", "audio", "models.layers", "models.ctc"),
+        "ranks", "training_types", "tokenizer", "speech_text", "sampling", "audio", "models.layers", "models.ctc"),
     2: ("runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream", "data.manifest",
         "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",
         "models.projector", "models.vocoder", "models.speaker"),
