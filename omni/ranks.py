@@ -7,7 +7,8 @@ only has to be added up. For one process everything here is the identity, and no
 **Gradients** are added up in buckets after the last micro-batch (:func:`add_up`) and not by DistributedDataParallel.
 That one hooks into one module's ``forward`` and averages; here a phase trains several modules through methods of their
 own, leaves parts frozen or, for a batch of text alone, without a gradient, and a rank that finds NaN must be able to
-leave a step that the others are in the middle of. docs/scaling.md has what both cost.
+leave a step that the others are in the middle of. Two ranks on two busy CPU cores, 0.92 M parameters: a step took
+136 ms of CPU time a rank, with DistributedDataParallel 156 (docs/scaling.md).
 
 **A rank that stops in the middle of a step** (NaN in a forward pass) must not leave the others waiting. So every
 exchange is preceded by what the sender is doing, and who hears that another one has ended the step ends it as well.
@@ -56,7 +57,7 @@ _num_groups = 0  # that this process has been in
 
 def launched() -> bool:
     """Whether ``torchrun`` (or what sets the same variables) started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local() -> tuple[int, int]:

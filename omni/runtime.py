@@ -110,7 +110,7 @@ def setup_compute(run: RunConfig) -> Precision:
     # ever new lengths need more of the matrix library's plans than the 1,024 it keeps: a tenth of the Talker's step
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     torch.set_num_threads(run.num_threads or max(1, usable_cores() // ranks.local()[1]))
-    if device.index is not None:
+    if device.type == "cuda" and ranks.launched():
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # peaked logits underflow to denormals: measured 9 times slower without this
     torch.set_float32_matmul_precision("high")

@@ -24,16 +24,17 @@ STEPS = 3  # of each phase
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
-def torchrun(*words: str | Path, num_ranks: int = 2) -> subprocess.Popen[str]:
-    """Start ``torchrun`` on this machine alone, one thread a rank."""
+def torchrun(log: Path, *words: str | Path, num_ranks: int = 2) -> subprocess.Popen[bytes]:
+    """Start ``torchrun`` on this machine alone, one thread a rank; what is said goes to ``log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     head = ["--nproc_per_node", str(num_ranks), "--master_addr", "127.0.0.1", "--master_port", str(port), "-m"]
-    return subprocess.Popen(
-        [str(TORCHRUN), *head, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as said:
+        return subprocess.Popen(
+            [str(TORCHRUN), *head, *map(str, words)], cwd=ROOT, stdout=said, stderr=said, env=environment
+        )
 
 
 def write_equal_config(letter: str, world: Path, folder: Path) -> Path:
