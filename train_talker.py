@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from omni import ranks
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
 from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, from_dict, to_dict
 from omni.data.parts import read_parts
@@ -83,7 +84,7 @@ def codec_loss(model: SpeechModel, batch: CropBatch) -> dict[str, torch.Tensor]:
 
 def vocoder_loss(model: SpeechModel, batch: VoiceBatch) -> dict[str, torch.Tensor]:
     """Spectral loss of the waveform, half of the frames decoded from codes; contrastive losses of the speakers."""
-    half = len(batch.frames_BFM) // 2
+    half = ranks.rows_before(batch.counts["crops"] // 2, len(batch.frames_BFM))
     with torch.no_grad():
         decoded = model.codec(batch.frames_BFM[:half]).frames_BFM.float()
     wave_BS = model.vocoder(torch.cat([decoded, batch.frames_BFM[half:]]))

@@ -26,7 +26,7 @@ from omni.data.images import Captioned, ImageBatch, scan_image_manifest
 from omni.data.parts import read_parts
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.vision import match_rows
-from omni.losses import contrastive_loss_sum
+from omni.losses import contrastive_loss_sum, pairs_of_all_ranks
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 from omni.runtime import Precision
 from omni.tokenizer import Tokenizer
@@ -59,8 +59,9 @@ def loss(encoder: VisionEncoder, batch: ImageBatch) -> dict[str, torch.Tensor]:
     image = encoder.encode_image(batch.pixels_B3HW)
     text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT)
     B = len(batch.pixels_B3HW)
+    pairs = pairs_of_all_ranks(image.pooled_BE, text_NE, batch.same_BN, batch.tokens_NT)
     return {
-        "images": contrastive_loss_sum(image.pooled_BE, text_NE, encoder.scale, batch.same_BN),
+        "images": contrastive_loss_sum(pairs.image_BE, pairs.text_NE, encoder.scale, pairs.same_BN, pairs.mine),
         "tokens": encoder.caption_loss_sum(image.patches_BPD, batch.tokens_NT[:B], batch.valid_NT[:B]),
     }
 

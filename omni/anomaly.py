@@ -18,18 +18,18 @@ class AnomalyWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._found = ""
+        self.found = ""  # what was found since begin(), in a few words
         for name, module in model.named_modules():
             module.register_forward_hook(self._forward_hook(f"{name or 'the model'} ({type(module).__name__})"))
 
     def begin(self) -> None:
         """Forget what was found in an earlier step."""
-        self._found = ""
+        self.found = ""
 
     def report(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
         """What was found since :meth:`begin`, in a few words."""
-        if self._found:
-            return f"first in {self._found}"
+        if self.found:
+            return f"first in {self.found}"
         for name, parameter in parameters:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 return f"first in the gradient of {name}"
@@ -45,9 +45,9 @@ class AnomalyWatch:
         return look
 
     def _note(self, tensor: torch.Tensor, what: str) -> None:
-        if not self._found and not tensor.isfinite().all():
+        if not self.found and not tensor.isfinite().all():
             kind = "NaN" if tensor.isnan().any() else "Inf"
-            self._found = f"{what}: {kind}"
+            self.found = f"{what}: {kind}"
 
 
 def _floats(value: Any) -> Iterator[torch.Tensor]:

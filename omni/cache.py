@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from omni import ranks
 from omni.atomic import whole_file
 from omni.config import Problem
 from omni.console import log
@@ -63,14 +64,19 @@ def through_cache(
 ) -> list[torch.Tensor]:
     """Tensors from the first folder that has them; else they are computed and kept in the first folder, if any.
 
-    A file that cannot be read is as good as none: what it held is computed again.
+    A file that cannot be read is as good as none: what it held is computed again. Of several ranks the first computes.
     """
     files = [folder / f"{name}-{key}.npz" for folder in folders]
+    with ranks.first() if files else contextlib.nullcontext():
+        return _through(files, compute)
+
+
+def _through(files: list[Path], compute: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     for file in files:
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return _read(file)
     found = compute()
-    if files:
+    if files and ranks.rank() == 0:
         _keep(files[0], found)
     return found
 

@@ -84,8 +84,9 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     use_amp: bool = True
     deterministic: bool = False  # bit-identical resume on CUDA, at a cost in speed
-    num_threads: int = 0  # 0: every core this process may use
+    num_threads: int = 0  # 0: every core this process may use, or its part of them beside others (torchrun)
     num_workers: int = 0  # processes that prepare batches; 0: the training process itself
+    rank_timeout: float = 1800.0  # seconds that a process of several (torchrun) waits for another one
     print_freq: int = 50
     val_freq: int = 200
     val_batches: int = 20
@@ -107,7 +108,7 @@ class RunConfig:
         for key in ("seed", "num_threads", "num_workers"):
             if getattr(self, key) < 0:
                 yield Problem(key, str(getattr(self, key)), "0 or more")
-        for key in ("max_grad_norm", "max_grad_explosion"):
+        for key in ("max_grad_norm", "max_grad_explosion", "rank_timeout"):
             if getattr(self, key) <= 0:
                 yield Problem(key, str(getattr(self, key)), "more than 0")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from omni import ranks
 from omni.models.layers import check_finite
 from omni.models.thinker import Thinker
 from omni.tokenizer import IGNORE
@@ -80,8 +82,46 @@ def next_token_losses(thinker: Thinker, final_BTD: torch.Tensor, labels_BT: torc
     return nats_N.view_as(labels_BT)
 
 
+@dataclass
+class Pairs:
+    """What a contrastive loss compares: pictures and texts of the whole batch.
+
+    Attributes:
+        image_BE: unit image embeddings.
+        text_NE: unit text embeddings; the first B belong to the images, further ones are hard negatives.
+        same_BN: True where text n describes image i as well (duplicates).
+        mine: which of the images are this rank's; None: all.
+    """
+
+    image_BE: torch.Tensor
+    text_NE: torch.Tensor
+    same_BN: torch.Tensor
+    mine: torch.Tensor | None = None
+
+
+def pairs_of_all_ranks(
+    image_BE: torch.Tensor, text_NE: torch.Tensor, same_BN: torch.Tensor, tokens_NT: torch.Tensor
+) -> Pairs:
+    """Join this rank's pictures and texts with the other ranks'; a text is known by its tokens, padded with zeros."""
+    if ranks.size() == 1:
+        return Pairs(image_BE, text_NE, same_BN)
+    B, whole = len(image_BE), ranks.whole_batch
+    width = max(ranks.gather("the width of the texts", tokens_NT.shape[1]))
+    tokens_NT = F.pad(tokens_NT, (0, width - tokens_NT.shape[1]))
+    numbers_B = torch.full((B,), ranks.rank(), device=image_BE.device)
+    # the captions in the order of the pictures, the negatives behind them
+    text_NE, tokens_NT = (torch.cat([whole(x[:B]), whole(x[B:])]) for x in (text_NE, tokens_NT))
+    image_BE, mine = whole(image_BE), (whole(numbers_B) == ranks.rank()).nonzero()[:, 0]
+    same_BN = (tokens_NT[: len(image_BE), None] == tokens_NT[None]).all(-1)
+    return Pairs(image_BE, text_NE, same_BN, mine)
+
+
 def contrastive_loss_sum(
-    image_BE: torch.Tensor, text_NE: torch.Tensor, scale: torch.Tensor, same_BN: torch.Tensor
+    image_BE: torch.Tensor,
+    text_NE: torch.Tensor,
+    scale: torch.Tensor,
+    same_BN: torch.Tensor,
+    mine: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Symmetric InfoNCE (Radford et al., 2021) summed over images and over texts, halved.
 
@@ -90,6 +130,7 @@ def contrastive_loss_sum(
         text_NE: unit text embeddings; the first B belong to the images, further ones are hard negatives.
         scale: inverse temperature.
         same_BN: True where text n describes image i as well (duplicates); such pairs count as neither.
+        mine: the images, and their texts, that are summed over; None: all.
     """
     B, N = same_BN.shape
     with torch.autocast(image_BE.device.type, enabled=False):  # times a scale of 100, bf16 would err by 0.4
@@ -97,6 +138,9 @@ def contrastive_loss_sum(
     others = same_BN & ~torch.eye(B, N, dtype=torch.bool, device=same_BN.device)
     targets = torch.arange(B, device=image_BE.device)
     logits_BN = logits_BN.masked_fill(others, float("-inf"))
-    by_image = F.cross_entropy(logits_BN, targets, reduction="sum")
-    by_text = F.cross_entropy(logits_BN[:, :B].T, targets, reduction="sum")
+    by_image, by_text = logits_BN, logits_BN[:, :B].T
+    if mine is not None:
+        by_image, by_text, targets = by_image[mine], by_text[mine], targets[mine]
+    by_image = F.cross_entropy(by_image, targets, reduction="sum")
+    by_text = F.cross_entropy(by_text, targets, reduction="sum")
     return (by_image + by_text) / 2

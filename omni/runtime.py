@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni import ranks
 from omni.config import RunConfig, UserError
 from omni.console import log as log
 
@@ -40,11 +41,19 @@ class Precision:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU.
+    """``auto`` is the first CUDA device, or the CPU. Of several ranks each has a CUDA device of its own.
 
     Raises:
         UserError: for a device that this machine does not have.
     """
+    number, many = ranks.local()
+    if many > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        if torch.cuda.device_count() < many:
+            raise UserError(
+                f"device: found {many} ranks and {torch.cuda.device_count()} CUDA devices on this machine, "
+                "expected a device for each rank; lower --nproc_per_node"
+            )
+        return torch.device("cuda", number)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -53,6 +62,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device: found {name!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    if many > 1 and device.index is not None and device.type == "cuda":
+        raise UserError(f"device: found {name!r} for {many} ranks, expected cuda: each takes a device of its own")
     return device
 
 
@@ -98,7 +109,9 @@ def setup_compute(run: RunConfig) -> Precision:
     keep_freed_memory()
     # ever new lengths need more of the matrix library's plans than the 1,024 it keeps: a tenth of the Talker's step
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    torch.set_num_threads(run.num_threads or usable_cores())
+    torch.set_num_threads(run.num_threads or max(1, usable_cores() // ranks.local()[1]))
+    if device.type == "cuda" and ranks.launched():
+        torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # peaked logits underflow to denormals: measured 9 times slower without this
     torch.set_float32_matmul_precision("high")
     if run.deterministic:
@@ -128,8 +141,15 @@ def random_state() -> dict[str, Any]:
             "gauss": float(numpy_state["gauss"]),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _cuda_random_state(),
     }
+
+
+def _cuda_random_state() -> list[torch.Tensor]:
+    """Of every device; of a rank's own alone, since a look at another one's takes hundreds of megabytes there."""
+    if not torch.cuda.is_available():
+        return []
+    return torch.cuda.get_rng_state_all() if ranks.size() == 1 else [torch.cuda.get_rng_state()]
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
@@ -146,7 +166,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
         }
     )
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if not state["cuda"] or not torch.cuda.is_available():
+        return
+    if ranks.size() > 1:
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
+    elif len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
 
 

@@ -1,4 +1,7 @@
-"""The folder of a run: one process writes in it, its checkpoints are whole, and the newest good one is known."""
+"""The folder of a run: one process writes in it, its checkpoints are whole, and the newest good one is known.
+
+Of several ranks the first one writes; the others read what it has left there, after it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omni import checkpoint
+from omni import checkpoint, ranks
 from omni.atomic import remove_partial_files, write_whole
 from omni.config import UserError
 from omni.console import log
@@ -27,12 +30,14 @@ class SaveFolder:
     def __init__(self, path: Path, run: Run, fresh: bool, keep_last: int) -> None:
         self.path, self.run, self.keep_last = path, run, keep_last
         self._code = code_version()  # of what runs, whatever is on the disk later on
+        self.last_good: Path | None = None
+        if ranks.rank() > 0:
+            return
         path.mkdir(parents=True, exist_ok=True)
         remove_partial_files(path)
         remove_partial_files(path / "cache")
         if fresh:
             checkpoint.set_aside(path)
-        self.last_good: Path | None = None
 
     @property
     def final(self) -> Path:
@@ -71,6 +76,8 @@ class SaveFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Write what stands beside the checkpoints: the resolved configuration and the assets."""
+        if ranks.rank() > 0:
+            return
         files = {**self.run.assets, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
         for name, data in files.items():
             try:
@@ -88,13 +95,16 @@ class SaveFolder:
         """
         tensors["assets"] = {name: checkpoint.as_tensor(data) for name, data in self.run.assets.items()}
         facts = {"kind": self.run.kind, "model_config": self.run.model_config, "lineage": self.run.lineage}
-        try:
-            checkpoint.save_checkpoint(self.path / name, tensors, {**summary, **facts, "code": self._code})
-        except UserError as error:
-            raise UserError(f"{error}. {self.standing()}") from None
+        if ranks.rank() == 0:
+            try:
+                checkpoint.save_checkpoint(self.path / name, tensors, {**summary, **facts, "code": self._code})
+            except UserError as error:
+                raise UserError(f"{error}. {self.standing()}") from None
+        ranks.gather("writing a checkpoint", None)  # who left before it is whole would have torchrun end the writer
         if "training" in tensors:
             self.last_good = self.path / name
-            checkpoint.prune(self.path, self.run.kind, self.keep_last)
+            if ranks.rank() == 0:
+                checkpoint.prune(self.path, self.run.kind, self.keep_last)
 
     def standing(self) -> str:
         """Where the same command would go on from."""

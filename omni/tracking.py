@@ -60,6 +60,23 @@ class MetricsLog:
             self._file.close()
 
 
+class NoMetrics(MetricsLog):
+    """What a rank other than the first writes: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Rank 0 writes it."""
+
+    def position(self) -> int:
+        """Rank 0 knows it."""
+        return 0
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
     """JSON knows neither NaN nor Inf: null stands for them."""
     return {

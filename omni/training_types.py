@@ -15,7 +15,7 @@ from omni.config import PhaseConfig
 class BatchLike(Protocol):
     """What the loop needs of a batch."""
 
-    counts: dict[str, int]
+    counts: dict[str, int]  # targets of each loss term, on all ranks together
 
     def to(self, device: torch.device) -> Any:
         """The batch on ``device``."""
@@ -24,7 +24,7 @@ class BatchLike(Protocol):
 class StreamLike(Protocol):
     """What the loop needs of a stream of batches."""
 
-    rows: list[int]
+    rows: list[int]  # of the batch last returned, those of all ranks
     epoch: int
 
     def __next__(self) -> BatchLike: ...
@@ -82,7 +82,8 @@ class Stage:
     Attributes:
         trains: the modules that are trained; every other part of the model is frozen and in evaluation mode.
         stream: endless training batches.
-        compute_loss: model and batch to one *sum* for each loss term; its target counts are ``batch.counts``.
+        compute_loss: model and batch to one *sum* for each loss term, over the rows of this rank; the target counts of
+            all ranks are ``batch.counts``.
         evaluate: held-out figures, computed under ``no_grad`` in evaluation mode; its random numbers are its own.
         config: length, batch size and learning rate.
         weights: factor of each loss term.

@@ -6,12 +6,15 @@ cosine, accumulation, clipping, guards against NaN and exploding gradients, vali
 continues bit for bit. The loop knows no modality: to it a batch is something with target counts, and a loss is a sum.
 
 The loss of a step is ``sum over terms of weight * (sum of the term) / (targets of the term)``, with the targets counted
-over all micro-batches of the step before the first of them is computed. Accumulating k micro-batches is therefore the
-same as one large batch, also when they have unequal numbers of targets.
+over all micro-batches and ranks of the step before the first of them is computed. Accumulating k micro-batches is
+therefore the same as one large batch, also when they have unequal numbers of targets, and so is sharing each of them
+among N ranks (:mod:`omni.ranks`). All ranks take the same decisions, because they take them on the same sums; rank 0
+alone validates, writes and speaks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import signal
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 
+from omni import ranks
 from omni.anomaly import AnomalyWatch
 from omni.checkpoint import claim_folder
 from omni.command_line import read_command_line
@@ -38,7 +42,7 @@ from omni.runtime import (
     setup_compute,
 )
 from omni.save_folder import SaveFolder
-from omni.tracking import MetricsLog, Progress, TensorBoard, format_figures
+from omni.tracking import MetricsLog, NoMetrics, Progress, TensorBoard, format_figures
 from omni.training_types import BatchLike, Run, RunState, Stage
 
 __all__ = [
@@ -56,19 +60,26 @@ __all__ = [
 class Loop:
     """Runs the phases of one :class:`Run` and keeps its promises; see the module's docstring."""
 
+    _signal: int | None = None
+    _signal_at = 0.0
+    _agreed: int | None = None  # the signal that all ranks know of
+
     def __init__(self, run: Run, config: StageConfig, precision: Precision, fresh: bool = False) -> None:
         self.run, self.config, self.precision = run, config, precision
         self.options: RunConfig = config.run
-        self.folder = SaveFolder(config.save_dir, run, fresh, config.run.keep_last)
-        self._signal: int | None = None
         self._watch = AnomalyWatch(run.model) if config.run.detect_anomaly else None
-        self._training = self.folder.resume(config.run.seed)  # optimizer and stream state, until its phase begins
+        with ranks.first():
+            self.folder = SaveFolder(config.save_dir, run, fresh, config.run.keep_last)
+            self._training = self.folder.resume(config.run.seed)  # optimizer and stream state, until its phase begins
+        if len(set(ranks.gather("what to continue from", str(self.folder.last_good)))) > 1:
+            raise UserError(
+                f"save_dir: {config.save_dir} differs between ranks, expected a folder that all machines share"
+            )
         self.state = RunState(**self._training["progress"]) if self._training else RunState()
         if self._training:
             log.info("resuming from %s (phase %s, step %d)", self.folder.last_good, self._phase_name, self.state.step)
-        self.metrics = MetricsLog(
-            self.folder.path / "metrics.jsonl", self._training["metrics"] if self._training else 0
-        )
+        position = self._training["metrics"] if self._training else 0
+        self.metrics = NoMetrics() if ranks.rank() else MetricsLog(self.folder.path / "metrics.jsonl", position)
 
     # ---- the run ----
 
@@ -137,15 +148,18 @@ class Loop:
             restore_optimizer(self.optimizer, self._training["optimizer"], f"{name}.optimizer")
             self.scaler.load_state_dict(self._training["scaler"])
             stage.stream.load_state_dict(self._training["stream"])
-            restore_random_state(self._training["random"])
-            self._training = None
+        self._begin_randomness()
+        ranks.same_weights(self.run.model)
+        self._training = None
         millions = sum(parameter.numel() for parameter in self.parameters) / 1e6
         log.info(
             "%s | phase %s | %d steps of %d x %d | %.2f M trained parameters | %s on %s",
             self.run.kind, name, stage.config.max_steps, stage.config.gradient_accumulation_steps,
-            stage.config.batch_size, millions, self.precision.name, self.precision.device,
+            stage.config.batch_size, millions, self.precision.name,
+            self.precision.device if ranks.size() == 1 else f"{ranks.size()} ranks ({self.precision.device.type})",
         )  # fmt: skip
-        self.board = TensorBoard(self.folder.path / "tensorboard" / name, self.options.tensorboard, self.state.step)
+        wanted = self.options.tensorboard and ranks.rank() == 0
+        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
         self.progress = Progress(name, self.state.step, stage.config.max_steps)
         try:
             self._heed_signal()
@@ -158,6 +172,16 @@ class Loop:
             self.board.close()
         if self.state.phase < len(self.run.phases) - 1:
             self._save_periodic()
+
+    def _begin_randomness(self) -> None:
+        """The random numbers of dropout: those of the checkpoint, or of the phase's beginning. Ranks differ in them."""
+        others = self._training["others"] if self._training and "others" in self._training else []
+        if self._training is not None and ranks.rank() == 0:
+            restore_random_state(self._training["random"])
+        elif self._training is not None and len(others) == ranks.size() - 1:
+            restore_random_state(others[ranks.rank() - 1])
+        elif ranks.rank() > 0:  # a new phase, or a resume with another number of ranks
+            seed_everything(self.options.seed + 1000 * (self.state.phase + 1) + self.state.step + 10**6 * ranks.rank())
 
     def _step(self, name: str, set_lr: Callable[[int], float]) -> None:
         """One update, and whatever is due after it."""
@@ -189,7 +213,7 @@ class Loop:
             self._report(name, lr, norm, targets / elapsed)
         if state.step % self.options.val_freq == 0 or last:
             self._validate(name)
-        if state.step % self.options.checkpoint_freq == 0 and not last and self._signal is None:
+        if state.step % self.options.checkpoint_freq == 0 and not last and self._told_to_stop is None:
             self._save_periodic()
 
     def _fetch(self) -> tuple[list[BatchLike], list[int]]:
@@ -209,10 +233,15 @@ class Loop:
 
     def _heed_signal(self) -> None:
         """Save and leave, if a signal has asked for it."""
-        if self._signal is not None:
+        if self._told_to_stop is not None:
             self._save_periodic()
-            log.info("stopped by signal %d after saving; the same command continues", self._signal)
-            raise SystemExit(128 + self._signal)
+            log.info("stopped by signal %d after saving; the same command continues", self._told_to_stop)
+            raise SystemExit(128 + self._told_to_stop)
+
+    @property
+    def _told_to_stop(self) -> int | None:
+        """The signal to leave by: of several ranks, one that all of them know of, so that they leave together."""
+        return self._signal if ranks.size() == 1 else self._agreed
 
     def _train_mode(self) -> None:
         """Training mode for what is trained, evaluation mode for what is frozen."""
@@ -230,6 +259,7 @@ class Loop:
         if self._watch:
             self._watch.begin()
         loss_sum = torch.zeros((), device=self.precision.device)
+        problem = None
         try:
             for batch in batches:
                 with self.precision.autocast():
@@ -239,8 +269,11 @@ class Loop:
                     self.scaler.scale(loss).backward()
                 loss_sum += loss.detach()
         except FloatingPointError as error:  # raised by a model that found NaN or Inf in its outputs
-            return float("nan"), float("nan"), str(error)
-        value = float(loss_sum)
+            problem = str(error)
+        step = ranks.add_up(float(loss_sum), problem, self._signal, self.parameters)
+        value, problem, self._agreed = step.loss, step.problem, step.signal
+        if problem is not None:
+            return float("nan"), float("nan"), problem
         if all(parameter.grad is None for parameter in self.parameters):
             return value, 0.0, validate_loss(value, self.options.min_loss, self.options.max_loss)
         self.scaler.unscale_(self.optimizer)
@@ -269,7 +302,7 @@ class Loop:
         if self.stage.after_skip is not None:
             self.stage.after_skip()
         if self._watch:
-            problem += f"; {self._watch.report(self.named)}"
+            problem += f"; {self._report_anomaly(self._watch)}"
         where = [self.stage.stream.where(row) for row in rows]
         data = {"epoch": position["epoch"], "batch": position["used"], "rows": where}
         self.metrics.write({"phase": name, "step": state.step, "event": "skip", "why": problem, **data})
@@ -281,6 +314,12 @@ class Loop:
                 f"({problem}; rows {shown}). {self.folder.standing()}. "
                 "Lower lr, raise max_grad_explosion, look at these rows, or find the place with --detect_anomaly"
             )
+
+    def _report_anomaly(self, watch: AnomalyWatch) -> str:
+        """Where it began; of several ranks, what the one says in which a module's output was not finite."""
+        reports = ranks.gather("what went wrong", (watch.found, watch.report(self.named)))
+        chosen = next((number for number, (found, _) in enumerate(reports) if found), 0)
+        return reports[chosen][1] + (f" (rank {chosen})" if ranks.size() > 1 else "")
 
     # ---- reports, validation, checkpoints ----
 
@@ -301,13 +340,7 @@ class Loop:
     def _validate(self, name: str) -> None:
         """Evaluate, remember the best, and stop early when the monitor no longer improves."""
         state, config = self.state, self.stage.config
-        self.run.model.eval()
-        with torch.no_grad(), isolated_randomness(self.options.seed), self.precision.autocast():
-            try:
-                figures = self.stage.evaluate(self.run.model)
-            except UserError as error:
-                raise UserError(f"{error}. {self.folder.standing()}") from None
-        state.figures[name] = figures
+        figures = state.figures[name] = ranks.by_first(self._figures)
         self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
         self.board.write("val", figures, state.step)
         self.progress.line(state.step, "validation: " + format_figures(figures))
@@ -323,6 +356,15 @@ class Loop:
             state.stopped_early = True
             log.info("stopping early: %s has not improved in %d validations", config.monitor, state.stale)
 
+    def _figures(self) -> dict[str, float]:
+        """The held-out figures; the random numbers of training stay as they are."""
+        self.run.model.eval()
+        with torch.no_grad(), isolated_randomness(self.options.seed), self.precision.autocast():
+            try:
+                return self.stage.evaluate(self.run.model)
+            except UserError as error:
+                raise UserError(f"{error}. {self.folder.standing()}") from None
+
     def _save_periodic(self) -> None:
         self._save(f"{self.run.kind}_step_{self.state.total_step}.pt")
 
@@ -332,6 +374,7 @@ class Loop:
         shown = own if self.run.export is None else self.run.export(own)
         tensors: dict[str, Any] = {"weights": shown}
         if training:
+            randomness = ranks.gather("the random states", random_state())
             tensors["training"] = {
                 # what others do not read; without an export, nothing
                 "own_weights": {key: value for key, value in own.items() if shown.get(key) is not value},
@@ -339,7 +382,8 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "stream": self.stage.stream.state_dict(),
-                "random": random_state(),
+                "random": randomness[0],
+                "others": randomness[1:],  # of the other ranks
                 "metrics": self.metrics.position(),
             }
         self.folder.save(name, tensors, self._summary(training))
@@ -368,10 +412,15 @@ class Loop:
         }
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Remember the signal; the loop saves and leaves after the current step. A second one leaves at once."""
-        if self._signal is not None:
+        """Remember the signal; the loop saves and leaves after the current step. A second one leaves at once.
+
+        To one of several ranks a second one soon after is the same once more: a batch system tells all processes, and
+        torchrun tells its own.
+        """
+        if self._signal is None:
+            self._signal, self._signal_at = number, time.monotonic()
+        elif ranks.size() == 1 or time.monotonic() > self._signal_at + 5:
             raise SystemExit(128 + number)
-        self._signal = number
 
 
 Build = Callable[[Any, Precision], Run]
@@ -387,10 +436,13 @@ def run_stage(config_class: type[StageConfig], build: Build, arguments: Sequence
         words = list(sys.argv[1:] if arguments is None else arguments)
         config, fresh = read_command_line(config_class, words)
         precision = setup_compute(config.run)
-        with claim_folder(config.save_dir):
+        with (
+            ranks.together(precision.device, config.run.rank_timeout),
+            contextlib.nullcontext() if ranks.rank() else claim_folder(config.save_dir),
+        ):
             seed_everything(config.run.seed)
             run = build(config, precision)
             run.model.to(precision.device)
             Loop(run, config, precision, fresh).train()
 
-    return user_errors(main)
+    return user_errors(ranks.one_voice(main))

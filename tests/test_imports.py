@@ -17,7 +17,7 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 LAYERS = {
     0: ("config", "parallel", "atomic", "files", "sound_files", "data.entries"),
     1: ("command_line", "console", "curves", "page", "stages", "summary", "lineage", "exchange", "anomaly", "optim",
-        "guards", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
+        "guards", "ranks", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
         "models.layers", "models.ctc"),
     2: ("answer_text", "runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream",
         "data.manifest", "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",

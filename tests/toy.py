@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from omni import ranks
 from omni.config import DataConfig, PhaseConfig, StageConfig, UserError
 from omni.data.stream import Batch, BatchStream
 from omni.runtime import Precision
@@ -34,6 +35,11 @@ class ToyConfig(StageConfig):
     data: DataConfig = field(default_factory=DataConfig)
     bad_rows: tuple[int, ...] = ()  # rows that cannot be read
     broken_batch: bool = False  # making a batch fails, by a mistake in the code
+    lame: int = -1  # the rank on which poison and what follows happens; -1: on all
+    stumble: tuple[int, ...] = ()  # calls of the loss that find NaN before the ranks compare their rows
+    trip: tuple[int, ...] = ()  # ... and after they have
+    blunder: tuple[int, ...] = ()  # calls of the loss that fail, by a mistake in the code
+    spread: float = 0.0  # weight of the distance between a row's prediction and the mean over the rows of all ranks
 
 
 @dataclass
@@ -113,9 +119,20 @@ def build(config: ToyConfig, precision: Precision) -> Run:
             import time
 
             time.sleep(config.sleep)
+        here = config.lame in (-1, ranks.rank())
+        if here and calls[0] in config.blunder:
+            raise RuntimeError("a mistake of ours")
+        if here and calls[0] in config.stumble:
+            raise FloatingPointError("the toy stumbles")
         value = error_sum(model, batch)
+        if config.spread:
+            predicted_BT = model(batch.x_BTD)
+            distance_BT = predicted_BT - ranks.whole_batch(predicted_BT).mean(0)
+            value = value + config.spread * distance_BT.square().sum()
+        if here and calls[0] in config.trip:
+            raise FloatingPointError("the toy trips")
         value = value.detach() if calls[0] in config.idle else value
-        return {"points": value * float("nan") if calls[0] in config.poison else value}
+        return {"points": value * float("nan") if here and calls[0] in config.poison else value}
 
     def evaluate(model: Toy) -> dict[str, float]:
         data = Data()

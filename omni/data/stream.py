@@ -2,7 +2,8 @@
 
 The order of the data is a pure function of (seed, epoch, index) and so is every augmentation, so the whole state of a
 stream is two integers: the epoch and the number of batches *used* in it. Batches that workers prepared ahead but the
-loop did not use are simply prepared again, and the number of workers changes nothing.
+loop did not use are simply prepared again, and the number of workers changes nothing. Neither does the number of ranks
+(:mod:`omni.ranks`): a batch is the same rows, of which each rank prepares its share.
 
 A sample that cannot be read ends the run with its place in the user's files, or is left out of its batch and counted,
 as ``on_bad_sample`` says.
@@ -22,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from omni import ranks
 from omni.config import DataConfig, UserError
 from omni.console import log
 from omni.parallel import die_with_parent, map_small
@@ -32,7 +34,7 @@ BatchType = TypeVar("BatchType", bound="Batch")
 
 @dataclass
 class Batch:
-    """Tensors of one batch. ``counts`` says how many targets each loss term of it sums over."""
+    """Tensors of one batch. ``counts`` says how many targets each loss term of it sums over, on all ranks together."""
 
     counts: dict[str, int]
 
@@ -117,6 +119,11 @@ class BatchStream:
             raise UserError("no sample is left to train on, expected at least one")
         self.samples = samples
         self.batch_size = min(batch_size, self.epoch_size)
+        if self.batch_size < ranks.size():
+            raise UserError(
+                f"batch_size: found {self.batch_size} (of {self.epoch_size} samples), expected at least one sample for "
+                f"each of the {ranks.size()} ranks"
+            )
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.num_workers = num_workers
@@ -124,7 +131,7 @@ class BatchStream:
         self.rules, self.left_out = rules, left_out
         self.epoch = 0
         self.used = 0  # batches of this epoch
-        self.rows: list[int] = []  # indices of the samples in the batch last returned
+        self.rows: list[int] = []  # indices of the samples in the batch last returned, those of all ranks
         self.bad: set[str] = set()  # where the samples stand that were found unusable so far
         self._batches: Iterator[_Prepared] | None = None
 
@@ -140,7 +147,7 @@ class BatchStream:
         while True:
             if self._batches is None:
                 self._batches = self._start()
-            prepared = next(self._batches)
+            prepared = _shared(next(self._batches))
             self._judge(prepared.bad)
             self.rows = prepared.rows
             self.used += 1
@@ -227,7 +234,7 @@ class BatchStream:
         epoch, used = self.epoch, self.used
         while True:
             for batch in self.order(epoch)[used:]:
-                yield [(epoch, index) for index in batch]
+                yield [(epoch, index) for index in ranks.share(batch)]
             epoch, used = epoch + 1, 0
 
     def _start(self) -> Iterator[_Prepared]:
@@ -254,6 +261,23 @@ class BatchStream:
         bad = {index: str(sample) for index, sample in keyed if isinstance(sample, UserError)}
         good = [sample for index, sample in keyed if index not in bad]
         return _Prepared([index for index, _ in keyed], self.samples.collate(good) if good else None, bad)
+
+
+def _shared(own: _Prepared) -> _Prepared:
+    """A rank's share of a batch, with the rows, the target counts and the unusable samples of the whole batch.
+
+    Where a rank has not one usable sample the batch is passed over by all.
+    """
+    if ranks.size() == 1:
+        return own
+    said = ranks.gather("a batch", (own.rows, own.bad, own.batch and own.batch.counts))
+    bad = {index: why for _, theirs, _ in said for index, why in theirs.items()}
+    rows = ranks.merged([rows for rows, _, _ in said])
+    counts = [theirs for *_, theirs in said]
+    if None in counts:
+        return _Prepared(rows, None, bad)
+    own.batch.counts = {term: sum(theirs[term] for theirs in counts) for term in own.batch.counts}
+    return _Prepared(rows, own.batch, bad)
 
 
 def _sample(samples: Samples, index: int, rng: np.random.Generator | None) -> Any:

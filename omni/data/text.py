@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from omni import ranks
 from omni.atomic import whole_file, write_whole
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, problems_of, raise_problems, read_text_file, settle, too_long
@@ -134,9 +135,10 @@ def learn_tokenizer(text: str, vocab_size: int, cache: Path) -> Tokenizer:
     """The tokenizer of a text, learned once and kept in ``cache``."""
     key = hashlib.sha256(f"{vocab_size}\n{text}".encode()).hexdigest()[:16]
     path = cache / f"tokenizer-{key}.model"
-    if not path.exists():
-        lines = (piece for line in text.splitlines() for piece in pieces(line))
-        write_whole(path, Tokenizer.train(lines, vocab_size).model)
+    with ranks.first():
+        if not path.exists():
+            lines = (piece for line in text.splitlines() for piece in pieces(line))
+            write_whole(path, Tokenizer.train(lines, vocab_size).model)
     return Tokenizer(path.read_bytes())
 
 
@@ -145,12 +147,13 @@ def tokenize(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
     kind = np.uint16 if tokenizer.vocab_size < 2**16 else np.uint32
     key = hashlib.sha256(tokenizer.model + text.encode()).hexdigest()[:16]
     path = cache / f"tokens-{key}.bin"
-    if not path.exists():
-        with whole_file(path) as partial, partial.open("wb") as file:
-            # piece by piece: SentencePiece needs memory in proportion to its longest input
-            for line in text.splitlines(keepends=True):
-                for piece in pieces(line):
-                    file.write(np.asarray(tokenizer.encode(piece), dtype=kind).tobytes())
+    with ranks.first():
+        if not path.exists():
+            with whole_file(path) as partial, partial.open("wb") as file:
+                # piece by piece: SentencePiece needs memory in proportion to its longest input
+                for line in text.splitlines(keepends=True):
+                    for piece in pieces(line):
+                        file.write(np.asarray(tokenizer.encode(piece), dtype=kind).tobytes())
     return np.memmap(path, dtype=kind, mode="r")
 
 

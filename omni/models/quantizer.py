@@ -2,8 +2,9 @@
 
 Each codebook quantizes what the ones before it left over. Codebooks are not trained by gradient: they follow a moving
 average of the vectors assigned to them (van den Oord et al., 2017), start from k-means over the first batch, and a code
-that nobody uses any more is put where vectors are. The encoder gets its gradient straight through the quantizer, and
-a commitment loss keeps its outputs near the codes.
+that nobody uses any more is put where vectors are. Of several ranks the first does all of this with the vectors of
+the whole batch, so that all hold the codebooks that one rank would. The encoder gets its gradient straight through the
+quantizer, and a commitment loss keeps its outputs near the codes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from omni import ranks
 from omni.config import Problem
 
 
@@ -81,7 +83,8 @@ class ResidualQuantizer(nn.Module):
         self.register_buffer("load_KV", torch.ones(shape))  # moving average of vectors a code got in an update
         self.register_buffer("sum_KVD", torch.zeros(*shape, config.dim))  # ... and of their sum
         self.register_buffer("started_K", torch.zeros(config.num_codebooks, dtype=torch.bool))
-        self._gathered: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each micro-batch, of each codebook
+        # of each micro-batch, of each codebook: vectors [B, T, D], their codes [B, T], which of them count [B, T]
+        self._gathered: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
 
     def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> Quantized:
         """Quantize vectors [B, T, D]; positions that are not valid are quantized but neither counted nor learned.
@@ -104,12 +107,11 @@ class ResidualQuantizer(nn.Module):
         for k in range(self.config.num_codebooks):
             active_BT = valid & (depth_B > k)[:, None]
             if self.training:
-                vectors_ND = residual.detach()[active_BT]
-                self._start(k, vectors_ND)
+                self._start(k, residual.detach(), active_BT)
             codes_BT = self.nearest(residual.detach(), k)
             chosen_BTD = F.embedding(codes_BT, self.codebooks_KVD[k])
             if self.training:
-                gathered.append((vectors_ND, codes_BT[active_BT]))
+                gathered.append((residual.detach(), codes_BT, active_BT))
             share = active_BT.float() / self.config.num_codebooks
             commitment = commitment + ((residual - chosen_BTD).square().mean(-1) * share).sum()
             step_BTD = chosen_BTD * active_BT[:, :, None]
@@ -142,34 +144,45 @@ class ResidualQuantizer(nn.Module):
     # ---- learning ----
 
     @torch.no_grad()
-    def _start(self, k: int, vectors_ND: torch.Tensor) -> None:
+    def _start(self, k: int, vectors_BTD: torch.Tensor, active_BT: torch.Tensor) -> None:
         """K-means over the first batch that reaches codebook ``k``."""
-        if bool(self.started_K[k]) or len(vectors_ND) == 0:
+        if bool(self.started_K[k]):
             return
-        codebook_VD, load_V = kmeans(vectors_ND, self.config.codebook_size)
-        self.codebooks_KVD[k], self.load_KV[k] = codebook_VD, load_V
-        self.sum_KVD[k] = codebook_VD * load_V[:, None]
+        vectors_ND = ranks.whole_batch(vectors_BTD)[ranks.whole_batch(active_BT)]
+        if len(vectors_ND) == 0:
+            return
+        if ranks.rank() == 0:
+            codebook_VD, load_V = kmeans(vectors_ND, self.config.codebook_size)
+            self.codebooks_KVD[k], self.load_KV[k] = codebook_VD, load_V
+            self.sum_KVD[k] = codebook_VD * load_V[:, None]
         self.started_K[k] = True
+        ranks.from_first(self.codebooks_KVD[k], self.load_KV[k], self.sum_KVD[k])
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the codebooks towards the vectors gathered since the last update, and revive dead codes."""
         gathered, self._gathered = self._gathered, []
-        size, decay = self.config.codebook_size, self.config.decay
         for k in range(self.config.num_codebooks if gathered else 0):
-            vectors_ND = torch.cat([batch[k][0] for batch in gathered])
-            codes_N = torch.cat([batch[k][1] for batch in gathered])
-            if len(codes_N) == 0:
-                continue
-            count_V = torch.bincount(codes_N, minlength=size).to(vectors_ND.dtype)
-            sum_VD = torch.zeros_like(self.sum_KVD[k]).index_add_(0, codes_N, vectors_ND)
-            self.load_KV[k].lerp_(count_V, 1 - decay)
-            self.sum_KVD[k].lerp_(sum_VD, 1 - decay)
-            dead_V = self.load_KV[k] < self.config.revive_below * len(codes_N) / size
-            self.codebooks_KVD[k] = torch.where(
-                dead_V[:, None], self.codebooks_KVD[k], self.sum_KVD[k] / self.load_KV[k][:, None].clamp(min=1e-6)
-            )
-            self._revive(k, dead_V, vectors_ND, len(codes_N) / size)
+            # [vectors, codes, active] of every micro-batch
+            whole = [[ranks.whole_batch(part) for part in batch[k]] for batch in gathered]
+            vectors_ND = torch.cat([vectors_BTD[active_BT] for vectors_BTD, _, active_BT in whole])
+            codes_N = torch.cat([codes_BT[active_BT] for _, codes_BT, active_BT in whole])
+            if len(codes_N) and ranks.rank() == 0:
+                self._move(k, vectors_ND, codes_N)
+        ranks.from_first(self.codebooks_KVD, self.load_KV, self.sum_KVD)
+
+    def _move(self, k: int, vectors_ND: torch.Tensor, codes_N: torch.Tensor) -> None:
+        """Update one codebook."""
+        size, decay = self.config.codebook_size, self.config.decay
+        count_V = torch.bincount(codes_N, minlength=size).to(vectors_ND.dtype)
+        sum_VD = torch.zeros_like(self.sum_KVD[k]).index_add_(0, codes_N, vectors_ND)
+        self.load_KV[k].lerp_(count_V, 1 - decay)
+        self.sum_KVD[k].lerp_(sum_VD, 1 - decay)
+        dead_V = self.load_KV[k] < self.config.revive_below * len(codes_N) / size
+        self.codebooks_KVD[k] = torch.where(
+            dead_V[:, None], self.codebooks_KVD[k], self.sum_KVD[k] / self.load_KV[k][:, None].clamp(min=1e-6)
+        )
+        self._revive(k, dead_V, vectors_ND, len(codes_N) / size)
 
     def _revive(self, k: int, dead_V: torch.Tensor, vectors_ND: torch.Tensor, even_load: float) -> None:
         """Put dead codes onto vectors of the batch that are far from their code, with an even load to begin with."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from omni import ranks
 from omni.models.layers import TimeConv, check_finite, init_weights, padding_mask
 
 
@@ -70,8 +71,9 @@ def speaker_loss_sum(
 
     Each first utterance shall be nearer to the second ones of its own speaker than to those of others. In the spirit
     of GE2E (Wan et al., 2018), but without fixed groups of utterances, so any speaker may occur any number of times.
+    Rows are compared with those of all ranks; the sum is over this rank's.
     """
-    logits_BB = first_BE @ second_BE.T * encoder.log_scale.exp().clamp(max=100)
-    same_BB = (speaker_B[:, None] == speaker_B[None, :]).float()
-    log_share_BB = logits_BB.float().log_softmax(dim=1)
-    return -((log_share_BB * same_BB).sum(1) / same_BB.sum(1)).sum()
+    logits_BN = first_BE @ ranks.whole_batch(second_BE).T * encoder.log_scale.exp().clamp(max=100)
+    same_BN = (speaker_B[:, None] == ranks.whole_batch(speaker_B)[None, :]).float()
+    log_share_BN = logits_BN.float().log_softmax(dim=1)
+    return -((log_share_BN * same_BN).sum(1) / same_BN.sum(1)).sum()
