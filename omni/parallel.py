@@ -29,7 +29,12 @@ def map_small(function: Callable[[Item], Result], items: Iterable[Item]) -> list
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     # as many threads as torch may use; how many an operation takes is a property of the thread that calls it
-    return ThreadPoolExecutor(torch.get_num_threads(), "small", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(torch.get_num_threads(), "small", initializer=_use_one_thread)
+
+
+def _use_one_thread() -> None:
+    torch.get_num_threads()  # the first question in a thread takes over what was set last anywhere: not after this
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):

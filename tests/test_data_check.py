@@ -239,8 +239,8 @@ def rows(folder: Path, name: str, files: dict[str, bytes]) -> Part:
 
 def test_files_are_compared_by_content_only_where_sizes_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest = leaks._digest
-    monkeypatch.setattr(leaks, "_digest", lambda path: read.append(path.name) or digest(path))
+    digest = leaks.content_digest
+    monkeypatch.setattr(leaks, "content_digest", lambda path: read.append(path.name) or digest(path))
     train = rows(tmp_path, "t", {"a": b"1", "b": b"22", "c": b"333", "d": b"333"})
     held_out = rows(tmp_path, "v", {"e": b"4444", "f": b"33x", "g": b"333"})
     found = shared_media(train.media, held_out.media)
