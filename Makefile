@@ -49,7 +49,7 @@ results: setup
 	@.venv/bin/omni run --size micro
 
 test: check
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: check
 	@.venv/bin/python -m pytest -m slow
