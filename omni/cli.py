@@ -39,6 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--size", required=True, help="whose checkpoints: those of configs/<stage>_<size>.json")
     evaluate.add_argument("--stage", choices=NAMES, action="append", default=[], help="only this; may be repeated")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    evaluate.add_argument(
+        "--predictions", type=Path, metavar="FILE",
+        help="write what was predicted case by case (JSONL); X.predictions.jsonl beside X.json is found by compare",
+    )  # fmt: skip
     evaluate.add_argument("--text", metavar="FILE", help="evaluate the thinker on this text")
     evaluate.add_argument("--asr", metavar="FILE", help="evaluate the audio encoder on this CSV (wav,text)")
     evaluate.add_argument("--images", metavar="FILE", help="evaluate the vision encoder on this JSON (image, caption)")
@@ -152,14 +156,17 @@ def _run(words: argparse.Namespace) -> int:
 
 def _evaluate(words: argparse.Namespace) -> int:
     from omni.evaluate.suite import OwnSets, evaluate
-    from omni.report import results_table
+    from omni.report import results_table, sets_lines
 
     own = OwnSets(words.text, words.asr, words.images, words.tts, words.sft)
     results = evaluate(words.size, words.stage, own, words.limit)
     if words.json is not None:
         write_whole(words.json, (json.dumps(results.figures, indent=1) + "\n").encode())
+    if words.predictions is not None:
+        results.predictions.write(words.predictions)
     if results.figures and not words.quiet:
         print(results_table(results.figures))
+        print("\n".join(["", *sets_lines(results.predictions.sets)]))
     for line in results.missing:
         print(line, file=sys.stderr)
     return 1 if results.missing else 0

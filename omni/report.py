@@ -16,6 +16,7 @@ from typing import Any
 from omni.curves import loss_curve, phases_of, read_metrics, svg_plots
 from omni.exchange import Exchange
 from omni.page import page, table
+from omni.predictions import Sets
 from omni.stages import STAGES, StageInfo
 from omni.summary import read_summary
 
@@ -66,6 +67,11 @@ def results_table(figures: Figures) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def sets_lines(sets: Sets) -> list[str]:
+    """The test sets behind figures, with their checksums, as lines of text."""
+    return ["test sets", *(f"  {path}  sha256 {row['sha256']}, {row['media']} files" for path, row in sets.items())]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 from omni.atomic import write_whole
 from omni.config import UserError
 from omni.exchange import Exchange
+from omni.predictions import predictions_beside
 from omni.report import Figures, results_table, write_report
 from omni.stages import StageInfo, read_raw_config, stage_of, stages_of
 from omni.summary import DamagedCheckpointError, fingerprint, read_summary
@@ -130,7 +131,8 @@ def plan(size: str, folder: RunFolder) -> list[Step]:
     steps.append(
         Step("evaluation", "evaluation on held-out data",
              lambda: folder.done_with("evaluation", _hashes(size), "eval.json"), lambda: _hashes(size),
-             _omni("eval", "--size", size, "--json", str(folder.path / "eval.json"), "--quiet"))
+             _omni("eval", "--size", size, "--json", str(folder.path / "eval.json"),
+                   "--predictions", str(predictions_beside(folder.path / "eval.json")), "--quiet"))
     )  # fmt: skip
     steps.append(
         Step("examples", "example exchanges",

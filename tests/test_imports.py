@@ -16,8 +16,8 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 # A module imports only from a layer below its own. docs/architecture.md shows the same table.
 LAYERS = {
     0: ("config", "parallel", "atomic", "files", "sound_files", "data.entries"),
-    1: ("command_line", "console", "curves", "page", "stages", "summary", "lineage", "exchange", "anomaly", "optim",
-        "guards", "ranks", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
+    1: ("command_line", "console", "curves", "page", "predictions", "stages", "summary", "lineage", "exchange",
+        "anomaly", "optim", "guards", "ranks", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
         "models.layers", "models.ctc"),
     2: ("answer_text", "runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream",
         "data.manifest", "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",

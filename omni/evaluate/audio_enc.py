@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from omni.audio import log_mel, resample, standard_level
 from omni.data.speech import Recordings, pad_frames
 from omni.data.voices import Voices
-from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
+from omni.metrics import Figure, character_error_rate, located, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
 
 @dataclass
 class Recognition:
-    """Raw results: what was said and what was recognized, utterance by utterance."""
+    """Raw results: what was said and what was recognized, utterance by utterance, and where these stand."""
 
     references: list[str]
     hypotheses: list[str]
+    where: list[str] = field(default_factory=list)
 
     def wer(self) -> Figure:
         """Word error rate."""
-        return word_error_rate(self.references, self.hypotheses)
+        return self._located(word_error_rate(self.references, self.hypotheses))
 
     def cer(self) -> Figure:
         """Character error rate."""
-        return character_error_rate(self.references, self.hypotheses)
+        return self._located(character_error_rate(self.references, self.hypotheses))
+
+    def _located(self, figure: Figure) -> Figure:
+        return located(figure, self.where) if self.where else figure
 
 
 @torch.no_grad()
@@ -62,15 +66,14 @@ def hear_recordings(encoder: AudioEncoder, voices: Voices, limit: int | None = N
 def recognize(encoder: AudioEncoder, recordings: Recordings) -> Recognition:
     """Recognize every recording of a manifest."""
     references = [str(row.values["text"]) for row in recordings.rows]
-    return Recognition(references, transcribe(encoder, recordings.all_frames()))
+    where = [row.where for row in recordings.rows]
+    return Recognition(references, transcribe(encoder, recordings.all_frames()), where)
 
 
 def infeasible(encoder: AudioEncoder, recordings: Recordings) -> Figure:
     """Share of utterances with more characters than CTC steps can hold."""
     symbols = [Characters().encode(spoken_text(str(row.values["text"]))) for row in recordings.rows]
-    return ratio(
-        [
-            float(needed_steps(item) > encoder.num_steps(frames))
-            for item, frames in zip(symbols, recordings.num_frames, strict=True)
-        ]
-    )
+    steps = [encoder.num_steps(frames) for frames in recordings.num_frames]
+    said = [{"symbols": item, "steps": most} for item, most in zip(symbols, steps, strict=True)]
+    lacking = [float(needed_steps(item) > most) for item, most in zip(symbols, steps, strict=True)]
+    return located(ratio(lacking, said=said), [row.where for row in recordings.rows])

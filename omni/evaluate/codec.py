@@ -17,7 +17,7 @@ from omni.data.manifest import RULES
 from omni.data.speech import read_speech_manifest
 from omni.data.voices import Voices
 from omni.evaluate.audio_enc import hear, hear_recordings
-from omni.metrics import Figure, ListFigure, character_error_rate, ratio
+from omni.metrics import Figure, ListFigure, character_error_rate, located, ratio, with_cases
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.quantizer import code_usage
 from omni.models.speech import SpeechModel
@@ -25,17 +25,17 @@ from omni.models.speech import SpeechModel
 
 @dataclass
 class Resynthesis:
-    """Recordings through the codec: decoded frames [F, M] of each, and all codes [N, K].
+    """Recordings through the codec: decoded frames [F, M] of each, and their codes.
 
     Attributes:
         frames: decoded from all codebooks.
         mel_l1: error of each recording [K], decoded from the first codebook alone, from the first two, and so on.
-        codes_NK: codes of all frames.
+        codes: codes [T, K] of each recording.
     """
 
     frames: list[torch.Tensor]
     mel_l1: list[list[float]]
-    codes_NK: torch.Tensor
+    codes: list[torch.Tensor]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def resynthesize(model: SpeechModel, voices: Voices) -> Resynthesis:
             found.append(float((decoded - true).abs().mean()))
         frames.append(decoded)
         errors.append(found)
-    return Resynthesis(frames, errors, torch.cat(codes))
+    return Resynthesis(frames, errors, codes)
 
 
 def codec_figures(
@@ -69,23 +69,35 @@ def codec_figures(
     voices = Voices(read_speech_manifest(manifest, rules)[:limit], model.config.mel, rules)
     texts = [voices.text(index) for index in range(len(voices))]
     made = resynthesize(model, voices)
-    quantizer, rate = model.config.codec.quantizer, model.config.mel.sample_rate
-    usage, perplexity = _resampled_usage(made.codes_NK, quantizer.codebook_size)
-    carried = sum(math.log2(value) for value in perplexity.value) * model.code_rate
+    size, rate = model.config.codec.quantizer.codebook_size, model.config.mel.sample_rate
     coded = [_wave(model, frames) for frames in made.frames]
     vocoded = [_wave(model, voices.frames(index)) for index in range(len(voices))]
-    return {
+    figures: dict[str, Figure | ListFigure] = {
         "mel_l1": ratio([errors[-1] for errors in made.mel_l1]),
         "mel_l1_by_codebooks": _means(made.mel_l1),
-        "usage": usage,
-        "perplexity": perplexity,
+        **_use_of_codes(model, made.codes, size),
         "mel_l1_vocoder": ratio([_distance(model, voices.frames(index), wave) for index, wave in enumerate(vocoded)]),
-        "bits_per_second": _exact(model.bits_per_second, len(made.codes_NK)),
-        "bits_per_second_carried": _exact(carried, len(made.codes_NK)),
         "cer_resynthesis": character_error_rate(texts, hear(encoder, coded, rate)),
         "cer_vocoder": character_error_rate(texts, hear(encoder, vocoded, rate)),
         "cer_recordings": character_error_rate(texts, hear_recordings(encoder, voices)),
     }
+    where = [voices.where(index) for index in range(len(voices))]
+    return {name: located(figure, where) for name, figure in figures.items()}
+
+
+def _use_of_codes(model: SpeechModel, codes: Sequence[torch.Tensor], size: int) -> dict[str, Figure | ListFigure]:
+    """How many codes are used, in effect too, and the bits that they could carry and do; from all frames at once."""
+    codes_NK = torch.cat(list(codes))
+    usage, perplexity = _resampled_usage(codes_NK, size)
+    carried = sum(math.log2(value) for value in perplexity.value) * model.code_rate
+    said = [{"codes": item.tolist(), "codebook_size": size, "frames_per_second": model.code_rate} for item in codes]
+    figures: dict[str, Figure | ListFigure] = {
+        "usage": usage,
+        "perplexity": perplexity,
+        "bits_per_second": _exact(model.bits_per_second, len(codes_NK)),
+        "bits_per_second_carried": _exact(carried, len(codes_NK)),
+    }
+    return {name: with_cases(figure, said) for name, figure in figures.items()}
 
 
 def _exact(value: float, n: int) -> Figure:
@@ -95,7 +107,8 @@ def _exact(value: float, n: int) -> Figure:
 
 def _means(rows: Sequence[Sequence[float]]) -> ListFigure:
     found = [ratio(column) for column in zip(*rows, strict=True)]
-    return ListFigure([f.value for f in found], len(rows), [f.low for f in found], [f.high for f in found])
+    figure = ListFigure([f.value for f in found], len(rows), [f.low for f in found], [f.high for f in found])
+    return with_cases(figure, [{"values": list(row)} for row in rows])
 
 
 def _resampled_usage(codes_NK: torch.Tensor, size: int, draws: int = 50) -> tuple[ListFigure, ListFigure]:

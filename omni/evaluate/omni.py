@@ -18,7 +18,7 @@ from omni.evaluate.audio_enc import hear
 from omni.features import FeatureStore
 from omni.generate import AnswerSettings, generate
 from omni.generate_speech import speak
-from omni.metrics import Figure, accuracy, ratio, word_error_rate
+from omni.metrics import Figure, accuracy, located, word_error_rate
 from omni.models.omni import OmniModel
 from omni.tokenizer import Tokenizer, spoken_text
 
@@ -32,7 +32,12 @@ class Answers:
 
     def accuracy(self) -> Figure:
         """Share of exact matches."""
-        return accuracy([chat.answer for chat in self.chats], self.answers)
+        return located(accuracy([chat.answer for chat in self.chats], self.answers), self.where)
+
+    @property
+    def where(self) -> list[str]:
+        """Places of the chats."""
+        return [chat.where for chat in self.chats]
 
     def by_template(self) -> dict[str, Figure]:
         """Accuracy of each question template."""
@@ -91,7 +96,8 @@ def prior(chats: Sequence[Chat]) -> Figure:
     for chat in chats:
         answers[str(chat.template)][spoken_text(chat.answer)] += 1
     best = {template: counts.most_common(1)[0][0] for template, counts in answers.items()}
-    return ratio([float(best[str(chat.template)] == spoken_text(chat.answer)) for chat in chats])
+    guesses = [best[str(chat.template)] for chat in chats]
+    return located(accuracy([chat.answer for chat in chats], guesses), [chat.where for chat in chats])
 
 
 def say(model: OmniModel, tokenizer: Tokenizer, texts: Sequence[str]) -> list[torch.Tensor]:
@@ -113,7 +119,7 @@ def spoken_accuracy(examiner: Examiner, answered: Answers) -> Figure:
     model = examiner.model
     waves = say(model, examiner.tokenizer, answered.answers)
     heard = hear(model.audio_encoder, waves, model.speech.config.mel.sample_rate)
-    return accuracy([chat.answer for chat in answered.chats], heard)
+    return located(accuracy([chat.answer for chat in answered.chats], heard), answered.where)
 
 
 @dataclass
@@ -146,5 +152,6 @@ def examine(examiner: Examiner, chats: Sequence[Chat]) -> OmniResults:
         figures["speech_out_accuracy"] = spoken_accuracy(examiner, answers["speech_out"])
     if tasks["asr"]:
         answers["asr"] = examiner.ask(tasks["asr"])
-        figures["asr_wer"] = word_error_rate([chat.answer for chat in tasks["asr"]], answers["asr"].answers)
+        found = word_error_rate([chat.answer for chat in tasks["asr"]], answers["asr"].answers)
+        figures["asr_wer"] = located(found, answers["asr"].where)
     return OmniResults(figures, answers)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from omni.audio import MelConfig, log_mel
-from omni.metrics import Figure, ratio
+from omni.metrics import Figure, ratio, said_and_true
 from omni.tokenizer import spoken_text
 
 _NUM_CEPSTRA = 13  # as usual; the zeroth, which is the level, is left out
@@ -36,7 +36,8 @@ def slips(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, Fig
                 skipped, early = True, early or chunk.ref_end_idx == len(said)
         for name, slip in zip(found, (repeated, skipped, early, late), strict=True):
             found[name].append(float(slip))
-    return {name: ratio(values) for name, values in found.items()}
+    raw = said_and_true(references, hypotheses)
+    return {name: ratio(values, said=raw) for name, values in found.items()}
 
 
 def _chunks(said: Sequence[str], heard: Sequence[str]) -> list[jiwer.AlignmentChunk]:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from omni.config import DataConfig, RunConfig, UserError, data_rules
 from omni.console import log
+from omni.predictions import Predictions, Sets
 from omni.stages import JUDGE, STAGES, StageInfo, stage_of, stages_of
 from omni.summary import read_summary
 
 if TYPE_CHECKING:
+    from omni.evaluate.thinker import TextLikelihood
     from omni.generate_speech import Mind
+    from omni.metrics import Figure
     from omni.models.audio_encoder import AudioEncoder
     from omni.models.speech import SpeechModel
     from omni.models.thinker import Thinker
@@ -40,10 +43,11 @@ class OwnSets:
 
 @dataclass
 class Results:
-    """Figures by stage as plain values, and a line for each stage that could not be evaluated."""
+    """Figures by stage as plain values, a line for each stage that could not be evaluated, and the raw predictions."""
 
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    predictions: Predictions = field(default_factory=Predictions)
 
 
 # what else an evaluation reads, and where the stage's configuration names it: stage B grades speech output
@@ -60,6 +64,7 @@ class _Case:
     size: str
     own: OwnSets
     limit: int | None
+    sets: Sets = field(default_factory=dict)  # fingerprints of the test sets that were read
 
     def path(self, kind: str) -> Path:
         """The final checkpoint of a kind."""
@@ -92,7 +97,30 @@ class _Case:
                 f"{self.path(kind)}: its configuration names no data.test and no data.val, expected one; "
                 f"give a set with {option} FILE"
             )
+        self.note(kind, str(found))
         return str(found)
+
+    def note(self, kind: str, path: str) -> None:
+        """Keep the fingerprint of a test set, its recordings or pictures included."""
+        from omni.lineage import data_fingerprint
+
+        if path not in self.sets:
+            self.sets[path] = data_fingerprint(path, _media(kind, path, self.rules(kind)))
+
+
+def _media(kind: str, path: str, rules: DataConfig) -> list[Path]:
+    """The recordings and pictures that a test set of a kind of checkpoint names."""
+    from omni.data.dialogue import read_chats
+    from omni.data.images import read_image_manifest
+    from omni.data.speech import read_speech_manifest
+
+    if kind == "thinker":
+        return []
+    if kind == "omni":
+        return [Path(media) for chat in read_chats(path, rules) for media in chat.media]
+    if kind == "vision":
+        return [row.path("image") for row in read_image_manifest(path, rules)]
+    return [row.path("wav") for row in read_speech_manifest(path, rules)]
 
 
 def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, limit: int | None = None) -> Results:
@@ -111,6 +139,7 @@ def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, l
 
     setup_compute(RunConfig(device="cpu"))
     case, results = _Case(size, own or OwnSets(), limit), Results()
+    results.predictions.sets = case.sets
     for name in names or NAMES:
         stage = next(stage for stage in STAGES if name in stage.figures)
         inputs = case.inputs(name, stage)
@@ -120,7 +149,10 @@ def evaluate(size: str, names: Sequence[str] = (), own: OwnSets | None = None, l
             results.missing.append(f"{name}: no {inputs[lacking[0]]}; run `{command}` first")
             continue
         started = time.perf_counter()
-        results.figures[name] = {key: figure.to_dict() for key, figure in _EVALUATIONS[name](case, inputs).items()}
+        found = _EVALUATIONS[name](case, inputs)
+        results.figures[name] = {key: figure.to_dict() for key, figure in found.items()}
+        for key, figure in found.items():
+            results.predictions.add(name, key, (item.to_dict() for item in figure.cases))
         log.info("%s evaluated in %.1f s", name, time.perf_counter() - started)
     return results
 
@@ -129,32 +161,40 @@ def _thinker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.data.text import read_text
     from omni.evaluate.ngram import KneserNey
     from omni.load import load_thinker
-    from omni.metrics import ratio
+    from omni.metrics import located, ratio
 
     thinker, tokenizer = load_thinker(inputs["thinker"])
-    likelihood, text = _likelihood(thinker, tokenizer, case)
+    likelihood, text, path = _likelihood(thinker, tokenizer, case)
     # of a larger corpus the n-grams alone would take gigabytes
     training = read_text(case.data("thinker")["train"], case.rules("thinker"))[:_NGRAM_CHARACTERS]
     yardstick = ratio(*KneserNey(training).bits_per_byte(text))
     return {
-        "bits_per_byte": likelihood.bits_per_byte(),
-        "bits_per_byte_5gram": yardstick,
-        "perplexity": likelihood.perplexity(),
+        "bits_per_byte": _windows(likelihood.bits_per_byte(), path),
+        "bits_per_byte_5gram": located(yardstick, [f"{path}:block {i}" for i in range(1, yardstick.n + 1)]),
+        "perplexity": _windows(likelihood.perplexity(), path),
     }
+
+
+def _windows(figure: Figure, path: str) -> Figure:
+    """A figure over the windows of a text, with their numbers."""
+    from omni.metrics import located
+
+    return located(figure, [f"{path}:window {number}" for number in range(1, figure.n + 1)])
 
 
 _NGRAM_CHARACTERS = 20_000_000
 
 
-def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[Any, str]:
-    """How well a Thinker predicts stage A's test text, and the very part of the text that it predicted."""
+def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[TextLikelihood, str, str]:
+    """How well a Thinker predicts stage A's test text, the very part of the text that it predicted, and its path."""
     import numpy as np
 
     from omni.data.stream import ordered_batches
     from omni.data.text import packed, read_text
     from omni.evaluate.thinker import TextLikelihood
 
-    text = read_text(case.test_set("thinker", case.own.text, "--text"), case.rules("thinker"))
+    path = case.test_set("thinker", case.own.text, "--text")
+    text = read_text(path, case.rules("thinker"))
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
     likelihood = TextLikelihood(thinker, tokenizer)
     separate = case.data("thinker")["separate_documents"]
@@ -162,10 +202,10 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[An
     for batch in ordered_batches(windows, 16):
         likelihood.add(batch)
     if separate:  # all but the first token of each window
-        return likelihood, text
+        return likelihood, text, path
     first = tokenizer.num_bytes(int(tokens[0]))  # is context and not predicted, as are the tokens of no whole window
     predicted = text.encode()[first : first + int(sum(likelihood.bytes))]
-    return likelihood, predicted.decode(errors="ignore")
+    return likelihood, predicted.decode(errors="ignore"), path
 
 
 def _audio_enc(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -181,6 +221,7 @@ def _audio_enc(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     figures = {"wer": found.wer(), "cer": found.cer()}
     voices = case.data("audio_enc")["test_voices"]
     if voices and not case.own.asr:
+        case.note("audio_enc", voices)
         strangers = Recordings(read_speech_manifest(voices, rules), mel, rules)
         figures["wer_unseen_voices"] = recognize(encoder, strangers).wer()
     return {**figures, "infeasible": infeasible(encoder, recordings)}
@@ -193,6 +234,8 @@ def _vision(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     encoder, tokenizer = load_vision_and_tokenizer(inputs["vision"])
     test = case.test_set("vision", case.own.images, "--images")
     combinations = None if case.own.images else case.data("vision")["test_combinations"]
+    if combinations is not None:
+        case.note("vision", combinations)
     return vision_figures(encoder, tokenizer, test, combinations, case.rules("vision"))
 
 
@@ -220,6 +263,8 @@ def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     model, mind, encoder = _speaker(inputs)
     data, test = case.data("talker"), case.test_set("talker", case.own.tts, "--tts")
     words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
+    for path in filter(None, (words, voices)):
+        case.note("talker", path)
     sets = SpeechSets(test, words, voices, case.limit, case.rules("talker"))
     return talker_figures(model, Graders(encoder, _judge(case.size)), sets, mind)
 
@@ -260,7 +305,8 @@ def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     features = FeatureStore(model, cache_of(inputs["omni"]), case.rules("omni"))
     figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, features), chats).figures)
     if case.path("thinker").exists():
-        figures["bits_per_byte"] = _likelihood(model.thinker, tokenizer, case)[0].bits_per_byte()
+        likelihood, _, path = _likelihood(model.thinker, tokenizer, case)
+        figures["bits_per_byte"] = _windows(likelihood.bits_per_byte(), path)
     return figures
 
 

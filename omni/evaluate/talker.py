@@ -23,7 +23,7 @@ from omni.data.voices import Voices
 from omni.evaluate.audio_enc import hear, hear_recordings
 from omni.evaluate.speech_errors import mel_cepstral_distortion, slips
 from omni.generate_speech import Mind, Spoken, embed_speakers, speak
-from omni.metrics import Figure, character_error_rate, ratio, word_error_rate
+from omni.metrics import Figure, character_error_rate, located, ratio, word_error_rate
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.speech import SpeechModel
 from omni.sampling import GREEDY, Sampling
@@ -71,6 +71,7 @@ class _Part:
         rows = read_speech_manifest(path, sets.rules)[: sets.limit]
         self.voices = Voices(rows, model.config.mel, sets.rules)
         self.texts = [self.voices.text(index) for index in range(len(self.voices))]
+        self.where = [self.voices.where(index) for index in range(len(self.voices))]
         self.spoken = speak_again(model, self.voices, mind)
         self.heard = self.hear(graders.encoder)
         self.heard_recordings = hear_recordings(graders.encoder, self.voices)
@@ -88,7 +89,11 @@ class _Part:
                 found[f"cer{suffix}{name}"] = character_error_rate(self.texts, heard)
                 known = hear_recordings(encoder, self.voices) if name else self.heard_recordings
                 found[f"cer_recordings{suffix}{name}"] = character_error_rate(self.texts, known)
-        return found
+        return self.located(found)
+
+    def located(self, figures: dict[str, Figure]) -> dict[str, Figure]:
+        """Figures over the first sentences, or all, with their places."""
+        return {name: located(figure, self.where[: len(figure.cases)]) for name, figure in figures.items()}
 
     def nearer(self) -> Figure | None:
         """How often speech is nearer to another recording of its speaker than to one of a random other speaker.
@@ -100,12 +105,12 @@ class _Part:
             return None
         made = _embed_waves(self.model, self.spoken)
         known = embed_speakers(self.model, voices.recordings.all_frames(), grade=True)
-        right = []
+        said = []
         for index, speaker in enumerate(voices.speakers):
             other = rng.choice(voices.of(str(rng.choice([name for name in voices.names if name != speaker]))))
             own = voices.partner(voices.partner(index, None), None)  # not the one that conditioned, if there are three
-            right.append(float(made[index] @ known[own] > made[index] @ known[int(other)]))
-        return ratio(right)
+            said.append({"own": float(made[index] @ known[own]), "other": float(made[index] @ known[int(other)])})
+        return located(ratio([float(item["own"] > item["other"]) for item in said], said=said), self.where)
 
 
 def talker_figures(
@@ -120,27 +125,31 @@ def talker_figures(
         mind: Thinker and tokenizer, when the Talker shall get states.
     """
     part = _Part(model, graders, mind, sets.heard, sets)
-    figures = part.error_rates("") | {"wer": word_error_rate(part.texts, part.heard)} | _by_length(part)
+    figures = part.error_rates("") | part.located({"wer": word_error_rate(part.texts, part.heard)}) | _by_length(part)
     others = [("_unseen_words", sets.words), ("_unseen_voices", sets.voices)]
     others_spoken = {name: _Part(model, graders, mind, path, sets) for name, path in others if path is not None}
     for name, other in others_spoken.items():
         figures |= other.error_rates(name)
-    figures["cer_shuffled"] = _shuffled(part, mind)
-    figures |= slips(part.texts, part.heard)
-    figures |= {f"{name}_recordings": found for name, found in slips(part.texts, part.heard_recordings).items()}
-    figures["speaker_similarity"] = speaker_similarity(model, part.voices, part.spoken)
+    recorded = {f"{name}_recordings": figure for name, figure in slips(part.texts, part.heard_recordings).items()}
+    own = {"cer_shuffled": _shuffled(part, mind)} | slips(part.texts, part.heard) | recorded
+    own["speaker_similarity"] = speaker_similarity(model, part.voices, part.spoken)
     for name, other in {"": part, **others_spoken}.items():
         nearer = other.nearer() if name != "_unseen_words" else None
         figures |= {f"speaker_nearer{name}": nearer} if nearer else {}
-    lengths = [len(item.frames_FM) / len(part.voices.frames(index)) for index, item in enumerate(part.spoken)]
-    figures["length_outliers"] = ratio([float(not 0.5 <= length <= 2) for length in lengths])
-    figures["mcd"] = ratio(
+    said = [
+        {"frames": len(item.frames_FM), "recorded": len(part.voices.frames(index))}
+        for index, item in enumerate(part.spoken)
+    ]
+    outlying = [float(not 0.5 <= item["frames"] / item["recorded"] <= 2) for item in said]
+    own["length_outliers"] = ratio(outlying, said=said)
+    own["mcd"] = ratio(
         [
             mel_cepstral_distortion(item.frames_FM.cpu(), part.voices.frames(index), model.config.mel)
             for index, item in enumerate(part.spoken)
         ]
     )
-    return figures | speed_figures(model, part.texts[:10], embed_speakers(model, [part.voices.frames(0)]), mind)
+    own |= speed_figures(model, part.texts[:10], embed_speakers(model, [part.voices.frames(0)]), mind)
+    return figures | part.located(own)
 
 
 def _by_length(part: _Part) -> dict[str, Figure]:
@@ -149,9 +158,8 @@ def _by_length(part: _Part) -> dict[str, Figure]:
     for name, least, most in _LENGTHS:
         picked = [i for i, text in enumerate(part.texts) if least <= len(spoken_words(text)) <= most]
         if picked:
-            found[f"cer_{name}"] = character_error_rate(
-                [part.texts[index] for index in picked], [part.heard[index] for index in picked]
-            )
+            figure = character_error_rate([part.texts[i] for i in picked], [part.heard[i] for i in picked])
+            found[f"cer_{name}"] = located(figure, [part.where[index] for index in picked])
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from omni.data.text import TextBatch
-from omni.metrics import Figure, ratio
+from omni.metrics import Figure, ratio, with_cases
 from omni.models.thinker import Thinker
 from omni.tokenizer import IGNORE, Tokenizer
 
@@ -55,12 +55,17 @@ class TextLikelihood:
 
     def bits_per_byte(self) -> Figure:
         """With a bootstrap interval over windows."""
-        return ratio([nats / math.log(2) for nats in self.nats], self.bytes)
+        return ratio([nats / math.log(2) for nats in self.nats], self.bytes, said=self._said())
 
     def perplexity(self) -> Figure:
         """The exponential of the mean loss a token."""
         loss = ratio(self.nats, self.tokens)
-        return Figure(math.exp(loss.value), loss.n, math.exp(loss.low), math.exp(loss.high))
+        return with_cases(Figure(math.exp(loss.value), loss.n, math.exp(loss.low), math.exp(loss.high)), self._said())
+
+    def _said(self) -> list[dict[str, float]]:
+        """What was measured of each window."""
+        columns = zip(self.nats, self.tokens, self.bytes, strict=True)
+        return [{"nats": nats, "tokens": tokens, "bytes": size} for nats, tokens, size in columns]
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from omni.config import DataConfig
 from omni.data.images import Pictures, encode_caption, read_image_manifest, stack_captions
 from omni.data.manifest import RULES, Row
-from omni.metrics import Figure, ratio
+from omni.metrics import Figure, located, ratio
 from omni.models.vision_encoder import VisionEncoder
 from omni.tokenizer import Tokenizer
 
@@ -26,12 +27,14 @@ class Matching:
         image_NE: unit vectors of the pictures.
         text_NE: unit vectors of the captions.
         swaps: per picture, the unit vector [E] of its wrong caption of each kind.
+        where: ``file:line`` of each picture.
     """
 
     captions: list[str]
     image_NE: np.ndarray
     text_NE: np.ndarray
     swaps: list[dict[str, np.ndarray]] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
 
     def retrieval(self, size: int = 100, draws: int = 10, seed: int = 0) -> dict[str, Figure]:
         """Recall@1 in both directions among ``size`` pictures with distinct captions, over ``draws`` draws of them.
@@ -43,47 +46,63 @@ class Matching:
         for index, caption in enumerate(self.captions):
             groups.setdefault(caption, []).append(index)
         distinct = sorted(groups)
-        hits = {"image_to_text_r1": np.zeros(len(self.captions)), "text_to_image_r1": np.zeros(len(self.captions))}
-        drawn = np.zeros(len(self.captions))
+        # what was found for each picture in each draw that it is in: the caption, or of that caption the picture
+        found: dict[str, list[list[str | None]]] = {
+            name: [[] for _ in self.captions] for name in ("image_to_text_r1", "text_to_image_r1")
+        }
         for _ in range(draws):
             chosen = rng.permutation(len(distinct))[:size]
             indices = np.array([groups[distinct[i]][rng.integers(len(groups[distinct[i]]))] for i in chosen])
             similarity = self.image_NE[indices] @ self.text_NE[indices].T
-            drawn[indices] += 1
-            hits["image_to_text_r1"][indices] += _first(similarity)
-            hits["text_to_image_r1"][indices] += _first(similarity.T)
-        seen = drawn > 0
-        return {name: ratio(count[seen].tolist(), drawn[seen].tolist()) for name, count in hits.items()}
+            for name, scores in (("image_to_text_r1", similarity), ("text_to_image_r1", similarity.T)):
+                for index, first in zip(indices, _first(scores), strict=True):
+                    found[name][index].append(None if first is None else self.captions[indices[first]])
+        return {name: self._recall(rows) for name, rows in found.items()}
+
+    def _recall(self, found: list[list[str | None]]) -> Figure:
+        """Share of right captions (each stands for one picture of its draw) among those that were found first."""
+        seen = [index for index, row in enumerate(found) if row]
+        said = [{"reference": self.captions[index], "found": found[index]} for index in seen]
+        hits = [float(found[index].count(self.captions[index])) for index in seen]
+        return self._located(ratio(hits, [float(len(found[index])) for index in seen], said=said), seen)
+
+    def _located(self, figure: Figure, rows: Sequence[int]) -> Figure:
+        return located(figure, [self.where[row] for row in rows]) if self.where else figure
 
     def caption_swap(self) -> dict[str, Figure]:
         """How often a picture lies nearer to its caption than to a wrong one (a tie is half): overall and by kind.
 
         The overall interval resamples pictures, since the wrong captions of one picture are not independent cases.
         """
-        found: dict[str, list[float]] = {}
-        right, asked = [], []
-        for image_E, text_E, swaps in zip(self.image_NE, self.text_NE, self.swaps, strict=True):
-            true = image_E @ text_E
-            scores = {kind: _nearer(true, image_E @ swap_E) for kind, swap_E in swaps.items()}
-            for kind, score in scores.items():
-                found.setdefault(kind, []).append(score)
-            if scores:
-                right.append(sum(scores.values()))
-                asked.append(len(scores))
+        asked = [index for index, swaps in enumerate(self.swaps) if swaps]
         if not asked:
             return {}
-        kinds = {f"caption_swap_{kind}": ratio(values) for kind, values in sorted(found.items())}
-        return {"caption_swap": ratio(right, asked), **kinds}
+        said = [self._similarities(index) for index in asked]
+        scores = [{kind: _nearer(item["true"], wrong) for kind, wrong in item["wrong"].items()} for item in said]
+        right, each = [sum(item.values()) for item in scores], [float(len(item)) for item in scores]
+        figures = {"caption_swap": self._located(ratio(right, each, said=said), asked)}
+        for kind in sorted({kind for item in scores for kind in item}):
+            rows = [row for row, item in enumerate(scores) if kind in item]
+            raw = [{"true": said[row]["true"], "wrong": said[row]["wrong"][kind]} for row in rows]
+            figure = ratio([scores[row][kind] for row in rows], said=raw)
+            figures[f"caption_swap_{kind}"] = self._located(figure, [asked[row] for row in rows])
+        return figures
+
+    def _similarities(self, index: int) -> dict[str, Any]:
+        """Cosines of a picture with its caption and with its wrong ones."""
+        image_E = self.image_NE[index]
+        wrong = {kind: float(image_E @ swap_E) for kind, swap_E in self.swaps[index].items()}
+        return {"true": float(image_E @ self.text_NE[index]), "wrong": wrong}
 
     def figures(self) -> dict[str, Figure]:
         """All of them; ``caption_swap`` only where the manifest has swaps."""
         return {**self.retrieval(), **(self.caption_swap() if self.swaps else {})}
 
 
-def _first(similarity: np.ndarray) -> np.ndarray:
-    """1 where the diagonal is the largest of its row, and alone in that: a constant model finds nothing."""
-    best = similarity.max(axis=1)
-    return ((similarity.diagonal() == best) & ((similarity == best[:, None]).sum(axis=1) == 1)).astype(np.float64)
+def _first(similarity: np.ndarray) -> list[int | None]:
+    """The column that is the largest of each row; None where several are: a constant model finds nothing."""
+    alone = (similarity == similarity.max(axis=1)[:, None]).sum(axis=1) == 1
+    return [int(column) if one else None for column, one in zip(similarity.argmax(axis=1), alone, strict=True)]
 
 
 def _nearer(true: float, wrong: float) -> float:
@@ -121,7 +140,8 @@ def match_rows(model: VisionEncoder, tokenizer: Tokenizer, rows: Sequence[Row], 
     swaps: list[dict[str, np.ndarray]] = [{} for _ in rows]
     for (index, kind, _), vector_E in zip(wrong, texts[len(rows) :], strict=True):
         swaps[index][kind] = vector_E
-    return Matching(captions, embed_pictures(model, pictures), texts[: len(rows)], swaps)
+    where = [row.where for row in rows]
+    return Matching(captions, embed_pictures(model, pictures), texts[: len(rows)], swaps, where)
 
 
 def match_manifest(

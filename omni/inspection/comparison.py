@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 
 from omni.config import UserError
 from omni.curves import Curve, is_number, loss_curve, phases_of
-from omni.inspection.chance import SEED_SPREAD, Difference, curve_difference, figure_difference, judged
+from omni.inspection.chance import (
+    SEED_SPREAD,
+    Difference,
+    Scores,
+    curve_difference,
+    figure_difference,
+    judged,
+    paired_difference,
+)
 from omni.inspection.facts import flat
 from omni.inspection.runs import RunRecord, inspect
+from omni.predictions import predictions_beside, read_predictions
 from omni.stages import STAGES, read_raw_config
 from omni.summary import fingerprint
 
@@ -32,6 +42,7 @@ class Contestant:
         runs: by the kind of checkpoint: one of a ``save_dir``, up to five of a ``runs/<size>``.
         figures: of ``omni eval``, by ``stage.name``; those of several codebooks by ``stage.name[1]``.
         notes: what a reader of its figures must know.
+        scores: what each case counts for in a figure, where the predictions were kept.
     """
 
     letter: str
@@ -39,6 +50,7 @@ class Contestant:
     runs: dict[str, RunRecord] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    scores: dict[str, Scores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,9 +105,9 @@ def compare(paths: Sequence[Path]) -> Comparison:
 def _contestant(path: Path, letter: str) -> Contestant:
     found = Contestant(letter, path)
     if path.is_file() and path.suffix == ".json":
-        found.figures = _read_figures(path)
+        _add_figures(found, path)
     elif (path / "eval.json").is_file():
-        found.figures = _read_figures(path / "eval.json")
+        _add_figures(found, path / "eval.json")
         _add_stages(found)
     else:
         inspection = inspect(path)
@@ -107,6 +119,21 @@ def _contestant(path: Path, letter: str) -> Contestant:
         run = inspection.runs[0]
         found.runs[kind_of(run)] = run
     return found
+
+
+def _add_figures(found: Contestant, path: Path) -> None:
+    """The figures of a file, and the predictions beside it as far as they are those of the figures."""
+    found.figures = _read_figures(path)
+    beside = predictions_beside(path)
+    if not beside.is_file():
+        return
+    for name, scores in read_predictions(beside).scores().items():
+        total = sum(whole for _, whole in scores.values())
+        value = sum(part for part, _ in scores.values()) / total if total else math.nan
+        if name in found.figures and math.isclose(value, found.figures[name]["value"], rel_tol=1e-4, abs_tol=1e-5):
+            found.scores[name] = scores
+    if not found.scores:
+        found.notes.append(f"{beside.name} holds predictions of another evaluation")
 
 
 def _read_figures(path: Path) -> dict[str, dict[str, Any]]:
@@ -264,7 +291,9 @@ def _figures(contestants: Sequence[Contestant]) -> list[Verdict]:
         for item in others:
             if name in item.figures:
                 values = (_shown(figure), _shown(item.figures[name]))
-                difference = figure_difference(figure, item.figures[name])
+                pair = [run.scores[name] for run in (first, item) if name in run.scores]
+                difference = paired_difference(*pair) if len(pair) == 2 else None
+                difference = difference or figure_difference(figure, item.figures[name])
                 verdicts.append(Verdict(name, first.letter, item.letter, values, difference))
     return verdicts
 

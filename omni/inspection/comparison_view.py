@@ -82,8 +82,9 @@ def verdict_row(item: Verdict) -> tuple[str, ...]:
     unit = " %" if percent == 100 else ""
     interval = f"{percent * found.low:+.3g} to {percent * found.high:+.3g}{unit}"
     known = found.p == found.p
+    how = (" (seeds)" if item.seed_alone else "") + (" (paired)" if found.paired else "")
     return (
-        item.name, found.verdict + (" (seeds)" if item.seed_alone else ""), f"{item.first} {item.second}", *item.values,
+        item.name, found.verdict + how, f"{item.first} {item.second}", *item.values,
         f"{percent * found.value:+.3g}{unit}" if known else "-", interval if known else "-",
         f"{found.p:.2g}" if known else "-",
     )  # fmt: skip
@@ -104,6 +105,12 @@ def summary(found: Comparison) -> str:
             lines.append("Runs that differ by their seed alone are one recipe: they say how far seeds lie apart.")
     if any(item.name not in found.curves for item in found.verdicts):
         lines.append("Intervals of figures are over test cases, not over seeds: they compare these checkpoints.")
+        paired = sum(item.difference.paired for item in found.verdicts)
+        lines.append(
+            f"{paired} figures were compared case by case."
+            if paired
+            else "No predictions were found beside both, so no figure was compared case by case."
+        )
     return "\n".join(lines)
 
 
