@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 
@@ -24,12 +24,13 @@ from omni.generate import AnswerSettings, Generation
 from omni.generate_speech import Mind, embed_speakers, speak
 from omni.load import load_omni
 from omni.models.omni import OmniModel
+from omni.prompt_pieces import PromptPiece, prompt_pieces
 from omni.runtime import setup_compute
 from omni.sampling import GREEDY, Sampling
 from omni.speech_text import spoken_words
 from omni.streaming import stream_speech
 from omni.summary import read_summary
-from omni.tokenizer import AUDIO, IMAGE, SPECIALS, Tokenizer
+from omni.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 # What people send is decoded while others wait: far less than a training set may hold
@@ -53,15 +54,6 @@ class Voice:
     reference_FM: torch.Tensor | None = None
     speed: float = 1.0
     sampling: Sampling = GREEDY
-
-
-@dataclass(frozen=True)
-class PromptPiece:
-    """A stretch of a prompt: a mark of the template, one token of text, or all positions of a picture or recording."""
-
-    kind: Literal["mark", "text", "image", "audio"]
-    text: str
-    positions: int
 
 
 def longest_end(
@@ -226,26 +218,7 @@ class Assistant:
 
     def pieces(self, prompt: Encoded) -> list[PromptPiece]:
         """What a prompt is made of, in order."""
-        special = {self.tokenizer.special[mark]: mark for mark in SPECIALS}
-        names = {"image": iter(prompt.images), "audio": iter(prompt.audios)}
-        sizes = {
-            "image": iter([self.model.image_positions] * len(prompt.images)),
-            "audio": iter(prompt.audio_positions),
-        }
-        found: list[PromptPiece] = []
-        at = 0
-        while at < len(prompt.tokens):
-            mark = special.get(prompt.tokens[at], "")
-            if mark in (IMAGE, AUDIO):
-                kind: Literal["image", "audio"] = "image" if mark == IMAGE else "audio"
-                found.append(PromptPiece(kind, next(names[kind]), next(sizes[kind])))
-            elif mark:
-                found.append(PromptPiece("mark", mark, 1))
-            else:
-                text = self.tokenizer.bytes_of(prompt.tokens[at]).decode("utf-8", "replace")
-                found.append(PromptPiece("text", text, 1))
-            at += found[-1].positions
-        return found
+        return prompt_pieces(prompt, self.tokenizer, self.model.image_positions)
 
     def answer(self, prompt: Encoded, media: Media, settings: AnswerSettings) -> Generation:
         """The answer to a prompt, while it is written (:class:`omni.generate.Generation` of one row)."""

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from omni.atomic import write_whole
 from omni.config import UserError
 from omni.console import user_errors
 from omni.evaluate.suite import NAMES
-from omni.stages import stage_of
+from omni.page import plain_section
+from omni.stages import STAGES, stage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,12 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_samples(commands: Any) -> None:
     """The command that shows what speech output sounds like."""
     samples = commands.add_parser(
-        "samples", help="held-out sentences as recorded, coded and spoken: sounds, spectrograms"
+        "samples", help="held-out sentences as recorded, coded and spoken; with --stage what another stage does"
     )
-    samples.add_argument("--size", required=True, help="whose talker.pt: that of configs/talker_<size>.json")
+    samples.add_argument("--size", required=True, help="whose checkpoints: those of configs/<stage>_<size>.json")
     samples.add_argument("--out", type=Path, required=True, metavar="DIR")
-    samples.add_argument("--tts", metavar="FILE", help="sentences of this CSV (wav,text,speaker) instead")
-    samples.add_argument("--count", type=int, default=3, metavar="N", help="the first N sentences (3)")
+    samples.add_argument("--stage", choices=[stage.kind for stage in STAGES], default="talker", help="talker")
+    samples.add_argument("--set", metavar="FILE", help="a held-out set in the form of the stage's data instead")
+    samples.add_argument("--tts", metavar="FILE", dest="set", help="the same, for sentences (wav,text,speaker)")
+    samples.add_argument("--count", type=int, default=3, metavar="N", help="the first N cases (3)")
     samples.set_defaults(function=_samples)
 
 
@@ -86,8 +90,13 @@ def _add_looking(commands: Any) -> None:
     look = commands.add_parser("inspect", help="what a checkpoint, a run or a folder of runs is; also while it trains")
     look.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, a run's save_dir, or checkpoints/")
     look.add_argument("--health", action="store_true", help="load the weights: norms, dead units and codes, changes")
+    look.add_argument("--samples", action="store_true", help="load the model: what it does with held-out data")
+    look.add_argument("--trace", action="store_true", help="of an omni.pt: a sample's way through each projector")
     look.add_argument("--json", action="store_true", help="print one JSON object instead")
-    look.add_argument("--html", type=Path, metavar="FILE", help="write it as one page that needs no other file")
+    look.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="write it as one page that needs no other file; of one run or checkpoint with its samples",
+    )  # fmt: skip
     look.set_defaults(function=_inspect)
 
     against = commands.add_parser("compare", help="what differs between runs, and whether by more than chance")
@@ -179,16 +188,25 @@ def _inspect(words: argparse.Namespace) -> int:
 
     found = inspect(words.path)
     text, values, healthy = inspection_text(found), inspection_values(found), True
-    health = ""
+    parts: list[str] = []  # of the page
     if words.health:
         from omni.inspection.health import folder_health
 
         health, values["health"], healthy = folder_health(found)
         text += f"\n\n{health}"
+        parts.append(plain_section("Weights", health))
+    with tempfile.TemporaryDirectory() as folder:
+        if words.samples or words.trace or (words.html is not None and found.what != "folder"):
+            from omni.inspection.shown import show
+
+            shown = show(found, Path(folder), words.samples or words.html is not None, words.trace)
+            text += f"\n\n{shown.text}" if words.samples or words.trace else ""
+            values |= shown.values
+            parts += shown.page_parts()
     if words.html is not None:
         from omni.inspection.html import inspection_page
 
-        write_whole(words.html, inspection_page(found, health).encode())
+        write_whole(words.html, inspection_page(found, parts).encode())
     print(json.dumps(values, indent=1, allow_nan=False) if words.json else text)
     return 0 if healthy else 1
 
@@ -258,10 +276,10 @@ def _check_numbers(words: argparse.Namespace) -> None:
 
 
 def _samples(words: argparse.Namespace) -> int:
-    from omni.evaluate.suite import OwnSets, show_samples
+    from omni.evaluate.samples import samples_of_size
+    from omni.sample import samples_text
 
-    for path in show_samples(words.size, OwnSets(tts=words.tts), words.out, words.count):
-        print(path)
+    print(samples_text(samples_of_size(words.size, words.stage, words.out, words.count, words.set)))
     return 0
 
 

@@ -67,7 +67,8 @@ def read_predictions(path: Path) -> Predictions:
         for line in path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             if "set" in values:
-                found.sets[values.pop("set")] = {**values, "sha256": values["sha256"]}
+                name = str(values.pop("set"))
+                found.sets[name] = {**values, "sha256": str(values["sha256"])}
             else:
                 found.lines.append({**values, **{key: str(values[key]) for key in ("stage", "figure", "case")}})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import importlib.metadata
+import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni.atomic import write_whole
 from omni.curves import loss_curve, phases_of, read_metrics, svg_plots
-from omni.exchange import Exchange
-from omni.page import page, table
+from omni.page import page, sample_sections, table
 from omni.predictions import Sets
+from omni.sample import Sample
 from omni.stages import STAGES, StageInfo
 from omni.summary import read_summary
 
 Figures = dict[str, dict[str, Any]]  # by stage and name, as `omni eval --json` writes them
 
-# What each figure is held against, beside it in the table.
-_BESIDE = {
-    "thinker.bits_per_byte": "bits_per_byte_5gram",
-    "codec.cer_resynthesis": "cer_recordings",
-    "codec.cer_vocoder": "cer_recordings",
-    "talker.cer": "cer_recordings",
-    "talker.cer_judge": "cer_recordings_judge",
-    "talker.cer_unseen_words": "cer_recordings_unseen_words",
-    "talker.cer_unseen_words_judge": "cer_recordings_unseen_words_judge",
-    "talker.cer_unseen_voices": "cer_recordings_unseen_voices",
-    "talker.cer_unseen_voices_judge": "cer_recordings_unseen_voices_judge",
-    "omni.image_qa": "image_qa_blind",
-    "omni.speech_qa": "speech_qa_deaf",
+# What each figure is held against: other figures of its stage, or what guessing gives.
+_BESIDE: dict[str, tuple[str, ...]] = {
+    "thinker.bits_per_byte": ("bits_per_byte_5gram",),
+    "audio_enc.wer": ("wer_unseen_voices",),
+    "vision.image_to_text_r1": ("chance 0.01",),
+    "vision.text_to_image_r1": ("chance 0.01",),
+    "vision.caption_swap": ("chance 0.5",),
+    "codec.cer_resynthesis": ("cer_vocoder", "cer_recordings"),
+    "codec.cer_vocoder": ("cer_recordings",),
+    "talker.cer": ("cer_recordings",),
+    "talker.cer_judge": ("cer_recordings_judge",),
+    "talker.cer_unseen_words": ("cer_recordings_unseen_words",),
+    "talker.cer_unseen_words_judge": ("cer_recordings_unseen_words_judge",),
+    "talker.cer_unseen_voices": ("cer_recordings_unseen_voices",),
+    "talker.cer_unseen_voices_judge": ("cer_recordings_unseen_voices_judge",),
+    "talker.repeats": ("repeats_recordings",),
+    "talker.skips": ("skips_recordings",),
+    "talker.speaker_nearer": ("chance 0.5",),
+    "omni.image_qa": ("image_qa_blind", "image_qa_prior"),
+    "omni.speech_qa": ("speech_qa_deaf", "speech_qa_prior"),
+    "omni.image_qa_unseen_combinations": ("image_qa",),
 }
-_LARGEST_MEDIA = 400_000  # bytes of one embedded file; a longer recording is left out of the report, not of its folder
 
 
 def number(value: Any) -> str:
@@ -71,7 +79,11 @@ def results_table(figures: Figures) -> str:
 
 def sets_lines(sets: Sets) -> list[str]:
     """The test sets behind figures, with their checksums, as lines of text."""
-    return ["test sets", *(f"  {path}  sha256 {row['sha256']}, {row['media']} files" for path, row in sets.items())]
+    return ["test sets", *(f"  {path}  sha256 {digest}, {files} files" for path, files, digest in _set_rows(sets))]
+
+
+def _set_rows(sets: Sets) -> list[tuple[str, str, str]]:
+    return [(path, f"{row['media']:,}", str(row["sha256"])) for path, row in sets.items()]
 
 
 @dataclass(frozen=True)
@@ -95,68 +107,134 @@ def stage_records(size: str) -> list[StageRecord]:
 
 def machine() -> str:
     """The machine and the versions that made the figures."""
-    packages = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchaudio", "torchvision")
-    )
+    names = ("micro-omni", "torch", "torchaudio", "torchvision", "numpy", "jiwer")
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if _installed(name))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.machine()}, {cores} cores, {platform.system()} | Python {platform.python_version()}, {packages}"
+    system = f"{_processor()}, {cores} cores, {platform.system()}"
+    return f"{system} | Python {platform.python_version()}, {packages}"
 
 
-def write_report(
-    path: Path, size: str, figures: Figures, exchanges: Sequence[Exchange], seconds: dict[str, float]
-) -> None:
-    """Write the HTML file of a run.
+def _installed(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
 
-    Args:
-        path: where to.
-        size: of the configurations.
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a report tells beside what the checkpoints say of themselves.
+
+    Attributes:
         figures: as ``omni eval --json`` writes them.
-        exchanges: example questions with the model's answers.
+        sets: the test sets behind them.
+        samples: what each stage does, by the kind of its checkpoint.
         seconds: how long each step took.
     """
+
+    figures: Figures
+    sets: Sets
+    samples: Mapping[str, Sequence[Sample]]
+    seconds: Mapping[str, float]
+
+
+def write_report(path: Path, size: str, told: Told) -> None:
+    """Write the HTML file of a run of the configurations of a size."""
     records = stage_records(size)
+    whole = f"{sum(told.seconds.values()) / 60:.0f} minutes in all" if told.seconds else ""
+    head = [f"<h1>μOmni, size {html.escape(size)}</h1>", f"<p>{time.strftime('%Y-%m-%d %H:%M')}, {whole}</p>", _NAV]
     parts = [
-        f"<h1>μOmni, size {html.escape(size)}</h1>",
-        f"<p>{html.escape(machine())} | {time.strftime('%Y-%m-%d %H:%M')}</p>",
-        f"<p>Made by <code>omni run --size {html.escape(size)}</code>.</p>",
-        "<h2>Examples</h2>",
-        *[_exchange(exchange) for exchange in exchanges],
-        "<h2>Figures on held-out data</h2>",
-        _figures_table(figures),
-        "<h2>Training</h2>",
-        _training_table(records, seconds),
+        *_section("figures", "In short: held-out figures beside what they are held against"),
+        _beside_table(told.figures),
+        *_section("samples", "To see and hear: held-out data, nothing chosen by hand"),
+        *_samples(told.samples),
+        *_section("training", "What was trained, and how long"),
+        _training_table(records, told.seconds),
         *[_curves(record) for record in records],
+        *_section("data", "On what"),
+        _data_table(records),
+        "<h3>Test sets</h3>",
+        table(("set", "recordings or pictures", "sha256"), _set_rows(told.sets)),
+        *_section("all", "All figures, with 95 % intervals over the test cases"),
+        table(("stage", "figure", "value", "95 % interval", "n"), table_rows(told.figures)),
+        *_section("again", "How to make it again"),
+        *_reproduce(size, records),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(page("μOmni", parts), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page(f"μOmni {size}", [*head, *parts]).encode())
 
 
-def _figures_table(figures: Figures) -> str:
+_NAV = (
+    '<nav><a href="#figures">figures</a><a href="#samples">samples</a><a href="#training">training</a>'
+    '<a href="#data">data</a><a href="#all">all figures</a><a href="#again">make it again</a></nav>'
+)
+
+
+def _section(anchor: str, title: str) -> tuple[str]:
+    return (f'<h2 id="{anchor}">{html.escape(title)}</h2>',)
+
+
+def _beside_table(figures: Figures) -> str:
+    """The figures that there is something to hold against."""
     rows = []
-    for stage, name, value, interval, n in table_rows(figures):
-        other = _BESIDE.get(f"{stage}.{name}")
-        beside = f"{other} {number(figures[stage][other]['value'])}" if other and other in figures[stage] else ""
-        rows.append((stage, name, value, interval, n, beside))
-    return table(("stage", "figure", "value", "95 % interval", "n", "beside"), rows)
+    for key, others in _BESIDE.items():
+        stage, _, name = key.partition(".")
+        found = figures.get(stage, {})
+        if name in found:
+            beside = [f"{other} {_valued(found[other])}" for other in others if other in found]
+            beside += [other for other in others if other.startswith("chance")]
+            rows.append((stage, name, _valued(found[name]), "; ".join(beside)))
+    return table(("stage", "figure", "value [95 % interval]", "beside"), rows)
 
 
-def _training_table(records: Sequence[StageRecord], seconds: dict[str, float]) -> str:
+def _valued(figure: dict[str, Any]) -> str:
+    return f"{number(figure['value'])} [{number(figure['low'])}, {number(figure['high'])}]"
+
+
+def _samples(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
+    parts = []
+    for stage in reversed(STAGES):  # the whole model first
+        if found := samples.get(stage.kind):
+            parts += [f"<h3>{stage.letter}. {html.escape(stage.title)}</h3>", sample_sections(found)]
+    return parts
+
+
+def _training_table(records: Sequence[StageRecord], seconds: Mapping[str, float]) -> str:
     rows = []
     for record in records:
         summary = record.summary
+        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in summary["parameters"].items())
         millions = sum(summary["parameters"].values()) / 1e6
         seen = ", ".join(f"{unit.partition('.')[2]} {count:,}" for unit, count in summary["seen"].items())
         wall = seconds.get(record.stage.prefix)
         rows.append((
             f"{record.stage.letter} {record.stage.title}", f"{millions:.1f} M", f"{summary['total_step']:,}", seen,
             str(summary["skipped"]), f"{summary['seconds']:.0f} s", f"{wall:.0f} s" if wall else "-",
-            summary["sha256"][:12],
+            summary["precision"], parts,
         ))  # fmt: skip
-    others = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name in ("data", "evaluation"))
-    head = ("stage", "parameters", "steps", "seen", "skipped", "in steps", "in all", "checkpoint")
+    others = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name in _OTHER_STEPS)
+    head = ("stage", "parameters", "steps", "seen", "skipped", "in steps", "in all", "precision", "by part")
     return table(head, rows) + f"<p>{html.escape(others)}</p>"
+
+
+_OTHER_STEPS = ("data", "evaluation", "samples")
+
+
+def _data_table(records: Sequence[StageRecord]) -> str:
+    """What each stage read, as its checkpoint recorded it."""
+    rows = []
+    for record in records:
+        config, found = record.summary["config"]["data"], record.summary["lineage"].get("data")
+        for part, told in (found or {}).items():
+            path = config.get(part)
+            megabytes = f"{told['media_bytes'] / 1e6:.1f}" if told["media"] else "-"
+            rows.append((record.stage.letter, part, str(path or "-"), f"{told['media']:,}", megabytes, told["sha256"]))
+    return table(("stage", "part", "file", "recordings or pictures", "MB of them", "sha256"), rows)
 
 
 def _curves(record: StageRecord) -> str:
@@ -167,28 +245,19 @@ def _curves(record: StageRecord) -> str:
     ])  # fmt: skip
 
 
-def _exchange(exchange: Exchange) -> str:
-    parts = [f"<h3>{html.escape(exchange.kind)}</h3><p>{html.escape(exchange.question)}</p>"]
-    if exchange.image:
-        source = _embedded(exchange.image, "image/png")
-        parts.append(f'<img alt="the picture" src="{source}">' if source else "")
-    if exchange.audio:
-        parts.append(_audio(exchange.audio))
-    right = "right" if exchange.answer.strip().lower() == exchange.expected.strip().lower() else "other"
-    answer, expected = html.escape(exchange.answer), html.escape(exchange.expected)
-    parts.append(f'<p class="{right}">answer: <b>{answer}</b> (expected: {expected})</p>')
-    if exchange.answer_wav:
-        parts.append(_audio(exchange.answer_wav))
-    return f"<section>{''.join(parts)}</section>"
-
-
-def _audio(path: Path) -> str:
-    source = _embedded(path, "audio/flac" if path.suffix == ".flac" else "audio/wav")
-    return f'<p><audio controls src="{source}"></audio></p>' if source else f"<p>{html.escape(str(path))}</p>"
-
-
-def _embedded(path: Path, kind: str) -> str | None:
-    """A file as a data address; None where it is missing or too large."""
-    if not path.is_file() or path.stat().st_size > _LARGEST_MEDIA:
-        return None
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _reproduce(size: str, records: Sequence[StageRecord]) -> list[str]:
+    """Code, commands, configurations and checksums."""
+    parts = [f"<p>On {html.escape(machine())}.</p><p>All of it: <code>omni run --size {html.escape(size)}</code>. "
+             "Stage by stage:</p>"]  # fmt: skip
+    rows = []
+    for record in records:
+        code, config = record.summary["code"], record.summary["config"]
+        seed = config["run"]["seed"] if isinstance(config.get("run"), dict) else "-"
+        rows.append((record.stage.letter, record.stage.command(size), str(seed), str(code.get("commit") or "-"),
+                     str(code.get("source") or "-"), record.summary["sha256"][:16]))  # fmt: skip
+    parts.append(table(("stage", "command", "seed", "commit", "source", "checkpoint"), rows))
+    for record in records:
+        text = json.dumps(record.summary["config"], indent=1, ensure_ascii=False)
+        title = html.escape(f"{record.stage.letter}: the whole configuration, every key")
+        parts.append(f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>")
+    return parts

@@ -1,4 +1,4 @@
-"""`omni run`: data, stages A to E, evaluation, examples and report, each once, from wherever the last run stopped.
+"""`omni run`: data, stages A to E, evaluation, samples and report, each once, from wherever the last run stopped.
 
 Data, stages and evaluation are processes of their own. This one needs no torch, so what is complete is passed over at
 once: a stage by the summary inside its final checkpoint, evaluation and report by the checksums they were made from.
@@ -20,18 +20,19 @@ from typing import Any
 
 from omni.atomic import write_whole
 from omni.config import UserError
-from omni.exchange import Exchange
-from omni.predictions import predictions_beside
-from omni.report import Figures, results_table, write_report
-from omni.stages import StageInfo, read_raw_config, stage_of, stages_of
+from omni.predictions import predictions_beside, read_predictions
+from omni.report import Figures, Told, results_table, write_report
+from omni.sample import Sample, samples_text
+from omni.stages import STAGES, StageInfo, read_raw_config, stage_of, stages_of
 from omni.summary import DamagedCheckpointError, fingerprint, read_summary
 
 _ROOT = Path(__file__).parent.parent  # the stage scripts stand beside the package
+_NUM_SAMPLES = 2  # of each kind and stage, to see and hear in the report
 
 
 @dataclass
 class RunFolder:
-    """``runs/<size>``: what the run itself leaves (figures, examples, report) and when each step was done."""
+    """``runs/<size>``: what the run itself leaves (figures, samples, report) and when each step was done."""
 
     path: Path
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -130,14 +131,14 @@ def plan(size: str, folder: RunFolder) -> list[Step]:
         steps.append(Step(stage.prefix, title, complete, _hash_of(stage, size), command))
     steps.append(
         Step("evaluation", "evaluation on held-out data",
-             lambda: folder.done_with("evaluation", _hashes(size), "eval.json"), lambda: _hashes(size),
+             lambda: folder.done_with("evaluation", _hashes(size), "eval.predictions.jsonl"), lambda: _hashes(size),
              _omni("eval", "--size", size, "--json", str(folder.path / "eval.json"),
                    "--predictions", str(predictions_beside(folder.path / "eval.json")), "--quiet"))
     )  # fmt: skip
     steps.append(
-        Step("examples", "example exchanges",
-             lambda: folder.done_with("examples", _hashes(size), "examples.json"), lambda: _hashes(size),
-             work=lambda: _make_examples(size, folder))
+        Step("samples", "samples of what each stage does",
+             lambda: folder.done_with("samples", _hashes(size), "samples.json"), lambda: _hashes(size),
+             work=lambda: _make_samples(size, folder))
     )  # fmt: skip
     steps.append(
         Step("report", f"report: {folder.path / 'report.html'}",
@@ -258,36 +259,34 @@ def _ends_with_parent() -> Callable[[], None] | None:
     return lambda: library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _make_examples(size: str, folder: RunFolder) -> None:
-    from omni.examples import example_exchanges
+def _make_samples(size: str, folder: RunFolder) -> None:
+    from omni.evaluate.samples import samples_of_size
 
-    path = stage_of("omni").checkpoint(size)
-    test = Path(read_summary(path)["config"]["data"]["test"])
-    (folder.path / "examples").mkdir(parents=True, exist_ok=True)
-    exchanges = example_exchanges(path, test, folder.path / "examples")
-    text = json.dumps([item.to_dict() for item in exchanges], indent=1) + "\n"
-    write_whole(folder.path / "examples.json", text.encode())
+    found = {}
+    for stage in STAGES:
+        samples = samples_of_size(size, stage.kind, folder.path / "samples" / stage.prefix, _NUM_SAMPLES)
+        found[stage.kind] = [sample.to_dict() for sample in samples]
+    write_whole(folder.path / "samples.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _make_report(size: str, folder: RunFolder) -> None:
     seconds = {name: step["seconds"] for name, step in folder.steps.items()}
-    write_report(folder.path / "report.html", size, _figures(folder), _exchanges(folder), seconds)
+    sets = read_predictions(predictions_beside(folder.path / "eval.json")).sets
+    write_report(folder.path / "report.html", size, Told(_figures(folder), sets, _samples(folder), seconds))
 
 
 def _figures(folder: RunFolder) -> Figures:
     return dict(folder.read("eval.json"))
 
 
-def _exchanges(folder: RunFolder) -> list[Exchange]:
-    return [Exchange.from_dict(item) for item in folder.read("examples.json")]
+def _samples(folder: RunFolder) -> dict[str, list[Sample]]:
+    return {kind: [Sample.from_dict(item) for item in found] for kind, found in folder.read("samples.json").items()}
 
 
 def _show(folder: RunFolder) -> None:
     """What a person wants to see at the end."""
     print(results_table(_figures(folder)))
-    print("\nexamples:")
-    for exchange in _exchanges(folder):
-        print("\n".join(exchange.lines()))
+    print(f"\nexamples:\n{samples_text(_samples(folder)['omni'][::_NUM_SAMPLES])}")
     print(f"\nreport: {folder.path / 'report.html'}")
 
 

@@ -15,9 +15,9 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 
 # A module imports only from a layer below its own. docs/architecture.md shows the same table.
 LAYERS = {
-    0: ("config", "parallel", "atomic", "files", "sound_files", "data.entries"),
-    1: ("command_line", "console", "curves", "page", "predictions", "stages", "summary", "lineage", "exchange",
-        "anomaly", "optim", "guards", "ranks", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
+    0: ("config", "parallel", "atomic", "files", "sample", "sound_files", "data.entries"),
+    1: ("command_line", "console", "curves", "page", "predictions", "stages", "summary", "lineage", "anomaly", "optim",
+        "guards", "ranks", "training_types", "tokenizer", "speech_text", "sampling", "sound_device", "audio",
         "models.layers", "models.ctc"),
     2: ("answer_text", "runtime", "cache", "checkpoint", "tracking", "metrics", "timing", "data.stream",
         "data.manifest", "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",
@@ -25,11 +25,11 @@ LAYERS = {
     3: ("save_folder", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech", "data.images"),
     4: ("training_utils", "losses", "generate_codes", "thinker_states", "models.speech", "data.voices",
         "data.synthetic", "data.dialogue"),
-    5: ("models.omni", "generate_speech", "data.leaks", "data.mixture"),
+    5: ("models.omni", "prompt_pieces", "generate_speech", "data.leaks", "data.mixture"),
     6: ("streaming", "data.parts", "data.check", "load", "features", "alignment"),
     7: ("generate",),
     8: ("evaluate",),
-    9: ("assistant", "examples", "inspection", "report", "say", "talker_stage"),
+    9: ("assistant", "inspection", "report", "say", "talker_stage"),
     10: ("chat", "run", "server"),
     11: ("cli",),
 }  # fmt: skip

@@ -23,10 +23,13 @@ def slips(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, Fig
     word was not heard. ``early_stops``: the last word was not. ``late_stops``: words were heard after the last one.
     """
     found: dict[str, list[float]] = {name: [] for name in ("repeats", "skips", "early_stops", "late_stops")}
+    aligned: list[list[tuple[str, int, int, int, int]]] = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         said, heard = spoken_text(reference).split(), spoken_text(hypothesis).split()
         repeated = skipped = early = late = False
-        for chunk in _chunks(said, heard):
+        chunks = _chunks(said, heard)
+        aligned.append([(c.type, c.ref_start_idx, c.ref_end_idx, c.hyp_start_idx, c.hyp_end_idx) for c in chunks])
+        for chunk in chunks:
             if chunk.type == "insert":
                 at = chunk.ref_start_idx
                 beside = set(said[max(0, at - 1) : at + 1])
@@ -36,7 +39,8 @@ def slips(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, Fig
                 skipped, early = True, early or chunk.ref_end_idx == len(said)
         for name, slip in zip(found, (repeated, skipped, early, late), strict=True):
             found[name].append(float(slip))
-    raw = said_and_true(references, hypotheses)
+    texts = said_and_true(references, hypotheses)
+    raw = [{**text, "alignment": steps} for text, steps in zip(texts, aligned, strict=True)]
     return {name: ratio(values, said=raw) for name, values in found.items()}
 
 

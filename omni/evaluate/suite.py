@@ -269,22 +269,6 @@ def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     return talker_figures(model, Graders(encoder, _judge(case.size)), sets, mind)
 
 
-def show_samples(size: str, own: OwnSets, out: Path, count: int) -> list[Path]:
-    """Write sounds and spectrograms of held-out sentences (:mod:`omni.evaluate.samples`); returns the files.
-
-    Raises:
-        UserError: when a checkpoint or the test set is missing.
-    """
-    from omni.evaluate.samples import make_samples
-    from omni.runtime import setup_compute
-
-    setup_compute(RunConfig(device="cpu"))
-    case = _Case(size, own, count)
-    model, mind, encoder = _speaker(case.inputs("talker", stage_of("talker")))
-    test = case.test_set("talker", own.tts, "--tts")
-    return make_samples(model, encoder, test, out, mind, count, case.rules("talker"))
-
-
 def _judge(size: str) -> AudioEncoder | None:
     """The judge of a size, where it has one and it is trained."""
     from omni.load import load_audio_encoder

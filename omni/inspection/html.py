@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from omni.curves import loss_curve, phases_of, svg_plots
 from omni.inspection.ancestry import ancestry
@@ -26,8 +26,8 @@ from omni.inspection.text import (
 from omni.page import page, table
 
 
-def inspection_page(found: Inspection, health: str = "") -> str:
-    """An :class:`Inspection` as a page; ``health`` is a text that is shown as it is."""
+def inspection_page(found: Inspection, more: Sequence[str] = ()) -> str:
+    """An :class:`Inspection` as a page; ``more`` are pieces of HTML that follow."""
     parts = [f"<h1>{_text(found.path)}</h1>", f"<p>as of {time.strftime('%Y-%m-%d %H:%M:%S')}</p>"]
     if found.what == "folder":
         parts += [table(FOLDER_HEAD, folder_rows(found)), _lines(problem_lines(found), "problem")]
@@ -37,9 +37,7 @@ def inspection_page(found: Inspection, health: str = "") -> str:
         parts += _run(run, found.what == "checkpoint")
         if found.what == "run":
             parts.append(_lines(problem_lines(found), "problem"))
-    if health:
-        parts.append(f"<h2>Weights</h2>{_lines(health.split(chr(10)))}")
-    return page(f"μOmni: {found.path}", parts)
+    return page(f"μOmni: {found.path}", [*parts, *more])
 
 
 def _run(run: RunRecord, alone: bool) -> Iterator[str]:

@@ -7,6 +7,7 @@ dimensions alive. Each step's shape and spread is shown, before training and aft
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from omni.config import UserError, data_rules
 from omni.data.dialogue import read_chats
+from omni.evaluate.sample_media import label, new_figure, save_figure
 from omni.features import FeatureStore
 from omni.load import load_omni
 from omni.models.omni import OmniModel
@@ -28,6 +30,7 @@ from omni.models.projector import (
     stack_patches,
     stack_states,
 )
+from omni.sample import Sample
 from omni.summary import read_summary
 
 STACKS = (2, 3, 5, 8, 10)
@@ -230,3 +233,32 @@ def _line(name: str, found: Spread) -> str:
     bars = "".join(_BLOCKS[-(-count * (len(_BLOCKS) - 1) // most)] for count in found.counts)
     numbers = "".join(f"{value:>9.3g}" for value in (found.mean, found.std, found.min, found.max, found.rms))
     return f"{name:<24}{' x '.join(map(str, found.shape)):>12}{numbers}  |{bars}|"
+
+
+def trace_picture(trace: Trace, folder: Path) -> Sample:
+    """What leaves a projector, before training and now, beside the token embeddings: values, and each dimension."""
+    figure = new_figure(2.6)
+    left, right = figure.subplots(1, 2)
+    spreads = (
+        ("before training", trace.before["post_norm"]), ("now", trace.after["post_norm"]),
+        ("token embeddings", trace.embeddings),
+    )  # fmt: skip
+    for name, found in spreads:
+        total, sides = sum(found.counts), itertools.pairwise(found.edges)
+        density = [n / (total * (b - a)) if b > a else 0.0 for n, (a, b) in zip(found.counts, sides, strict=True)]
+        left.stairs(density, found.edges, label=name)
+    label(left, f"{trace.modality}: values", "density")
+    left.legend(fontsize=6)
+    for name, values in (("now", trace.variances), ("token embeddings", trace.embedding_variances)):
+        right.plot(sorted(values, reverse=True), label=name)
+    right.set_yscale("log")
+    label(right, "variance of each dimension", x="dimensions, the largest first")
+    right.legend(fontsize=6)
+    picture = save_figure(figure, folder / f"projector_{trace.modality}.jpg")
+    now = trace.after["post_norm"]
+    texts = (
+        ("sample", trace.source),
+        ("projector", f"{trace.kind}, {trace.stack} states a position, {trace.parameters:,} parameters"),
+        ("size (RMS)", f"{now.rms:.3g}; token embeddings {trace.embeddings.rms:.3g}"),
+    )
+    return Sample(f"what the {trace.modality} projector gives the Thinker", texts, (("beside embeddings", picture),))

@@ -109,12 +109,20 @@ class CrossAttention(nn.Module):
         self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor, valid_BP: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[B, T, D] from queries [B, T, D] and memory [B, P, memory_dim]; ``valid_BP`` is False at padding."""
-        q = self.q_norm(self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
-        k = self.k_norm(self.k_proj(memory_BPD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
+        q, k = self._queries_and_keys(x_BTD, memory_BPD)
         v = self.v_proj(memory_BPD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         mask = None if valid_BP is None else valid_BP[:, None, None, :]
         y = attend(q, k, v.to(q.dtype), mask, causal=False)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def weights(self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor) -> torch.Tensor:
+        """What each query takes from each state, [B, H, T, P]; they sum to 1 over P."""
+        q, k = self._queries_and_keys(x_BTD, memory_BPD)
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)
+
+    def _queries_and_keys(self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q_norm(self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
+        return q, self.k_norm(self.k_proj(memory_BPD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
 
 
 class AttentionPool(nn.Module):
@@ -132,6 +140,11 @@ class AttentionPool(nn.Module):
         query_B1D = self.query_1D.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
         pooled_BD = self.attention(query_B1D, x_BTD, valid_BT)[:, 0]
         return F.normalize(self.proj(self.norm(pooled_BD)).float(), dim=-1)
+
+    def weights(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the pooled vector takes from each state, [B, T], mean over the heads."""
+        query_B1D = self.query_1D.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
+        return self.attention.weights(query_B1D, x_BTD)[:, :, 0].mean(dim=1)
 
 
 class ResidualConv(nn.Module):
