@@ -2,7 +2,11 @@
 
     python -m tests.page_shots CHECKPOINT [--out docs/page]
 
-asks the model of a checkpoint about a picture and writes DIR_desktop.png and DIR_phone.png.
+asks the model of a checkpoint about a picture and writes OUT_desktop.png and OUT_phone.png;
+
+    python -m tests.page_shots PAGE.html --out docs/report
+
+opens a page that is a file, such as a report, and writes OUT_desktop.jpg and OUT_phone.jpg.
 """
 
 from __future__ import annotations
@@ -65,6 +69,22 @@ def answer(page: Any, number: int) -> str:
     return str(bubble.locator(".answer").text_content())
 
 
+def shoot_file(path: Path, out: str) -> int:
+    """Screenshots of a page that is a file: its beginning, and on a phone what stands at its first sound too."""
+    with chromium() as browser:
+        if browser is None:
+            print("found no Chromium, expected chromium on PATH (apt-get install chromium)", file=sys.stderr)
+            return 1
+        for name, (width, height) in SIZES.items():
+            page = browser.new_page(viewport={"width": width, "height": 2 * height})
+            page.goto(path.absolute().as_uri())
+            if name == "phone" and page.locator("audio").count():
+                page.locator("audio").first.evaluate("a => a.closest('section').scrollIntoView()")
+            page.screenshot(path=f"{out}_{name}.jpg", type="jpeg", quality=60)
+            page.close()
+    return 0
+
+
 def main() -> int:
     """Take the screenshots."""
     from omni.assistant import Assistant
@@ -72,13 +92,15 @@ def main() -> int:
     from tests.toy_omni import picture
 
     parser = argparse.ArgumentParser(description="screenshots of the page, asked about a picture")
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("shown", type=Path, help="a checkpoint, or a page")
     parser.add_argument("--out", default="docs/page", help="written as OUT_desktop.png and OUT_phone.png")
     parser.add_argument("--image", type=Path, help="a picture; by default a red square")
     parser.add_argument("--audio", type=Path, help="a recording in which it is asked about")
     parser.add_argument("--question", default="what is the color of the square ?")
     words = parser.parse_args()
-    assistant = Assistant.load(words.checkpoint, "cpu")
+    if words.shown.suffix == ".html":
+        return shoot_file(words.shown, words.out)
+    assistant = Assistant.load(words.shown, "cpu")
     shown = words.image or Path(f"{words.out}_question.png")
     if words.image is None:
         shown.write_bytes(picture(size=64))

@@ -56,7 +56,7 @@ def test_every_stage_shows_what_it_does(samples: dict[str, list[Sample]]) -> Non
             assert Sample.from_dict(json.loads(json.dumps(sample.to_dict()))) == sample
             for _, path in sample.pictures:
                 with Image.open(path) as picture:  # something was drawn
-                    assert min(picture.size) >= 192 and len(set(picture.convert("RGB").getdata())) > 4, path
+                    assert min(picture.size) >= 192 and len(picture.convert("RGB").getcolors(1 << 24)) > 1, path
             for _, path in sample.sounds:
                 wave, rate = soundfile.read(path)
                 assert rate == 16000 and len(wave) > 1000 and path.suffix == ".ogg"
@@ -71,7 +71,7 @@ def test_every_stage_shows_what_it_does(samples: dict[str, list[Sample]]) -> Non
 def test_continuations_are_of_the_held_out_text(samples: dict[str, list[Sample]]) -> None:
     chat, text = (dict(sample.texts) for sample in samples["thinker"])
     assert chat["given"] + " " + chat["goes on in truth"] == toy_run.DOCUMENTS[0]
-    assert " ".join((text["given"], text["goes on in truth"])).replace("  ", " ") == toy_run.DOCUMENTS[1]
+    assert text["given"] + " " + text["goes on in truth"] == toy_run.DOCUMENTS[1]
     assert text["sampled, temperature 0.8"] != text["most probable"]
 
 
@@ -172,7 +172,7 @@ def test_the_report_says_what_was_trained_and_how_to_make_it_again(
     assert len(page) < 10_000_000 and "<script" not in page and "<img src=http" not in page
     assert "0.750 [" in page and "image_qa_blind 0.250 [" in page and "chance 0.5" in page
     for expected in ("python train_vision.py --config configs/vision_toy.json", "&lt;b&gt;.csv", "abababababababab",
-                     "75 s", "evaluation 20 s", "torch 2.", '"talker_ckpt"'):  # fmt: skip
+                     "75 s", "evaluation 20 s", "torch 2.", "talker_ckpt&quot;"):  # fmt: skip
         assert expected in page, expected
     assert page.count("<audio") == sum(len(s.sounds) for found in samples.values() for s in found) == 9
     assert page.count("<svg") == 5  # a curve a stage

@@ -20,7 +20,7 @@ from omni.data.voices import Voices
 from omni.evaluate import audio_enc
 from omni.evaluate.audio_enc import hear, hear_recordings
 from omni.evaluate.codec import codec_figures
-from omni.evaluate.samples import make_samples
+from omni.evaluate.sample_speech import show_speaking
 from omni.evaluate.speech_errors import mel_cepstral_distortion, slips
 from omni.evaluate.talker import Graders, SpeechSets, talker_figures
 from omni.generate_speech import speak
@@ -181,10 +181,13 @@ def test_the_two_speaker_encoders_are_two() -> None:
 
 
 def test_samples_can_be_seen_and_heard(tmp_path: Path) -> None:
-    model = speech_model()
+    model, out = speech_model(), tmp_path / "out"
+    out.mkdir()
     path = manifest(tmp_path, ["a red cat.", "the end.", "big dog."])
-    written = make_samples(model, recognizer(), path, tmp_path / "out", count=2)
-    assert len(written) == 2 * 5 and all(file.exists() for file in written)
+    voices = Voices(read_speech_manifest(path)[:2], model.config.mel)
+    *spoken, codes = show_speaking(model, recognizer(), voices, out)
+    assert [len(sample.files) for sample in spoken] == [5, 5] and all(file.exists() for file in spoken[1].files)
+    assert len(codes.texts) == 3 and codes.files == [out / "codes.jpg"]
     with Image.open(tmp_path / "out/sample_1.jpg") as picture:
         assert picture.size[0] > 400 and len(set(picture.convert("L").tobytes())) > 50  # something was drawn
     recording, rate = soundfile.read(tmp_path / "out/sample_2_recording.ogg")

@@ -66,7 +66,8 @@ def _exchange(examiner: Examiner, name: str, chat: Chat, out: Path, number: int)
 
 
 def _question(chat: Chat) -> str:
-    return " ".join(part.value for part in chat.messages[-2].parts if part.kind == "text")
+    parts = [part for message in chat.messages[-2:-1] for part in message.parts]
+    return " ".join(part.value for part in parts if part.kind == "text")
 
 
 @torch.no_grad()

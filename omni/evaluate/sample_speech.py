@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omni.audio import MelConfig, load_audio, log_mel, standard_level
+from omni.audio import MelConfig, forced_align, load_audio, log_mel, standard_level
 from omni.data.speech import Recordings, pad_frames
 from omni.data.voices import Voices
 from omni.evaluate.audio_enc import hear
@@ -36,9 +36,9 @@ def show_hearing(encoder: AudioEncoder, recordings: Recordings, out: Path) -> li
         frames_1FM, sizes_1 = pad_frames([frames_FM])
         output = encoder(frames_1FM.to(device), sizes_1.to(device))
         heard = transcripts(output)[0]
-        probabilities_SV = output.log_probs_BSV[0, : int(output.num_steps_B[0])].float().exp().cpu()
+        log_probs_SV = output.log_probs_BSV[0, : int(output.num_steps_B[0])].float().cpu()
         picture = out / f"hearing_{index + 1}.jpg"
-        _draw_posteriors(frames_FM, probabilities_SV, encoder.config.mel, picture)
+        _draw_posteriors(frames_FM, log_probs_SV, heard, encoder.config.mel, picture)
         wave = load_audio(row.path("wav"), encoder.config.mel.sample_rate)
         sound = save_sound(wave, encoder.config.mel.sample_rate, out / f"hearing_{index + 1}.ogg")
         error = character_error_rate([text], [heard]).value
@@ -54,31 +54,37 @@ def show_hearing(encoder: AudioEncoder, recordings: Recordings, out: Path) -> li
     return found
 
 
-def _draw_posteriors(frames_FM: torch.Tensor, probabilities_SV: torch.Tensor, mel: MelConfig, path: Path) -> None:
-    """A spectrogram, with the characters where CTC has its peaks, over the probabilities of those that it thinks of."""
-    symbols, seconds = Characters(), len(frames_FM) / mel.frame_rate
+def _draw_posteriors(
+    frames_FM: torch.Tensor, log_probs_SV: torch.Tensor, heard: str, mel: MelConfig, path: Path
+) -> None:
+    """A spectrogram with each character of the transcript at its moment, over the probabilities of the likely ones."""
+    symbols, seconds, probabilities_SV = Characters(), len(frames_FM) / mel.frame_rate, log_probs_SV.exp()
     peaks_V = probabilities_SV.max(dim=0).values
     peaks_V[[symbols.blank, symbols.pad]] = 0
-    shown = sorted(peaks_V.topk(_MOST_SYMBOLS).indices[peaks_V.topk(_MOST_SYMBOLS).values > 0.05].tolist())
+    highest = peaks_V.topk(_MOST_SYMBOLS)
+    shown = sorted(highest.indices[highest.values > 0.05].tolist())
     rows = [symbols.blank, *shown]
     figure = new_figure(2.2 + 0.13 * len(rows))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 0.6 + 0.13 * len(rows)])
-    best_S = probabilities_SV.argmax(dim=1).tolist()
-    written = [(at, s) for at, s in enumerate(best_S) if s != symbols.blank and (at == 0 or best_S[at - 1] != s)]
-    draw_spectrogram(above, frames_FM, mel.frame_rate, "log-mel spectrogram, characters where CTC writes them")
-    for at, symbol in written:
-        second = (at + 0.5) * seconds / len(best_S)
-        letter = symbols.decode([symbol]).replace(" ", "\u2423").replace("$", r"\$")
-        above.text(second, 0.88 * frames_FM.shape[1], letter, color="white", fontsize=8, ha="center", clip_on=True)
+    draw_spectrogram(above, frames_FM, mel.frame_rate, "log-mel spectrogram, and the transcript aligned with it")
+    spans = forced_align(log_probs_SV, symbols.encode(heard), symbols.blank) if heard else []
+    for (first, end), letter in zip(spans, heard, strict=True):
+        second = (first + end) / 2 * seconds / len(log_probs_SV)
+        above.text(second, 0.88 * frames_FM.shape[1], _letter(letter), color="white", fontsize=8, ha="center")
     below.imshow(
         probabilities_SV[:, rows].T.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="magma",
         extent=(0, seconds, -0.5, len(rows) - 0.5), interpolation="nearest",
     )  # fmt: skip
-    names = ["blank", *(symbols.decode([symbol]).replace(" ", "\u2423").replace("$", r"\$") for symbol in shown)]
+    names = ["blank", *(_letter(symbols.decode([symbol])) for symbol in shown)]
     below.set_yticks(range(len(rows)), names)
     label(below, "CTC posteriors, black 0 to light 1", x="seconds")
     below.tick_params(axis="y", labelsize=6)
     save_figure(figure, path)
+
+
+def _letter(character: str) -> str:
+    """A character as it can be seen."""
+    return character.replace(" ", "\u2423").replace("$", r"\$")
 
 
 def show_speaking(

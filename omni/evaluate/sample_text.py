@@ -35,7 +35,7 @@ def _continue(thinker: Thinker, tokenizer: Tokenizer, document: str) -> Sample:
     tokens = tokenizer.encode(document)
     mark = tokenizer.special[ASSISTANT]
     is_chat = mark in tokens
-    cut = len(tokens) - tokens[::-1].index(mark) if is_chat else len(tokens) // 2
+    cut = len(tokens) - tokens[::-1].index(mark) if is_chat else _between_words(tokenizer, tokens)
     prompt = tokens[:cut][-(thinker.config.ctx_len - _NEW_TOKENS) :]
     true = tokens[cut : cut + _NEW_TOKENS]
     greedy, sampled = (_write(thinker, tokenizer, prompt, sampling) for sampling in (GREEDY, _SAMPLED))
@@ -51,6 +51,13 @@ def _continue(thinker: Thinker, tokenizer: Tokenizer, document: str) -> Sample:
         if is_chat
         else None,
     )
+
+
+def _between_words(tokenizer: Tokenizer, tokens: list[int]) -> int:
+    """The first place in the second half where a word begins."""
+    half = len(tokens) // 2
+    begins = (at for at in range(half, len(tokens)) if tokenizer.bytes_of(tokens[at]).startswith(b" "))
+    return next(begins, half)
 
 
 def _write(thinker: Thinker, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> str:

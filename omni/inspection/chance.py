@@ -105,7 +105,7 @@ def paired_difference(first: Scores, second: Scores) -> Difference | None:
     value = float(changes.sum() / total)
     # of a ratio of sums, the error of the whole by linearization; Student's t since cases may be few
     rest = changes - value * pairs[:, 1]
-    reach = float(stdtrit(n - 1, 0.975)) * math.sqrt(float((rest**2).sum()) * n / (n - 1)) / total
+    reach = float(stdtrit(n - 1, 0.975)) * math.sqrt(float((rest**2).sum()) * n / (n - 1)) / float(total)
     moved = changes[changes != 0]
     # the tolerance is for sums that are equal but for the order of their terms
     as_large = int((_tossed(moved) >= abs(float(moved.sum())) * (1 - 1e-9)).sum()) if len(moved) else _DRAWS

@@ -104,6 +104,7 @@ def _doing(run: RunRecord, folder: Path, samples: bool, trace: bool) -> Doing:
             doing.traces = traces if trace else []
     except (UserError, OSError) as error:
         doing.problem = f"cannot be shown: {error}"
-    except (KeyError, TypeError) as error:  # a summary of another version, or of no stage's
-        doing.problem = f"cannot be shown: its summary has no {error}"
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        # a summary of another version or of no stage's, weights that do not fit it: the facts stand all the same
+        doing.problem = f"cannot be shown: its summary or weights are not a stage's ({type(error).__name__}: {error})"
     return doing
