@@ -8,8 +8,10 @@ three).
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omni.config import UserError, leaves, load_config, type_name
 
@@ -52,3 +54,36 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
         alone = not equals and (not rest or rest[0].startswith("--"))
         pairs.append((key.replace("-", "_"), None if alone else text if equals else rest.pop(0)))
     return pairs
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested plain values by their dotted keys."""
+    found: list[tuple[str, Any]] = []
+    for key, item in values.items():
+        found += flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
+    return found
+
+
+def differing_keys(
+    resolved: dict[str, Any], given: dict[str, Any], changed: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """``(key, in the file, in the run)`` of every key of a run that differs from a configuration file.
+
+    Args:
+        resolved: the run's whole configuration.
+        given: what the file says; a key that it does not name stands at its default there, shown as ``...``.
+        changed: keys of the run that are not at their default.
+    """
+    ours, theirs = dict(flat(resolved)), dict(flat(given))
+    different = [(key, theirs[key], ours.get(key)) for key in theirs if key not in ours or ours[key] != theirs[key]]
+    others = [key for key in changed if key not in theirs and key in ours]
+    return sorted([*different, *((key, ..., ours[key]) for key in others)], key=lambda item: item[0])
+
+
+def as_words(resolved: dict[str, Any], given: dict[str, Any], changed: Sequence[str]) -> str:
+    """What to write behind ``--config FILE`` to have a run's configuration again; see :func:`differing_keys`."""
+    words = []
+    for key, _, value in differing_keys(resolved, given, changed):
+        text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+        words += [f"--{key}", text]
+    return shlex.join(words)

@@ -24,7 +24,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain texts, which scrolls sideways where the screen is narrow."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        # long names may break at their underscores
+        shown = (html.escape(cell).replace("_", "_<wbr>") for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
     return f'<div class="wide"><table>{line(head, "th")}\n{body}</table></div>'

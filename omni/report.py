@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from omni.atomic import write_whole
+from omni.command_line import as_words
+from omni.config import UserError
 from omni.curves import loss_curve, phases_of, read_metrics, svg_plots
 from omni.page import page, sample_sections, table
 from omni.predictions import Sets
 from omni.sample import Sample
-from omni.stages import STAGES, StageInfo
+from omni.stages import STAGES, StageInfo, read_raw_config
 from omni.summary import read_summary
 
 Figures = dict[str, dict[str, Any]]  # by stage and name, as `omni eval --json` writes them
@@ -79,7 +81,8 @@ def results_table(figures: Figures) -> str:
 
 def sets_lines(sets: Sets) -> list[str]:
     """The test sets behind figures, with their checksums, as lines of text."""
-    return ["test sets", *(f"  {path}  sha256 {digest}, {files} files" for path, files, digest in _set_rows(sets))]
+    rows = _set_rows(sets)
+    return ["test sets", *(f"  {path}  sha256 {digest}, with {files} files" for path, files, digest in rows)]
 
 
 def _set_rows(sets: Sets) -> list[tuple[str, str, str]]:
@@ -245,6 +248,17 @@ def _curves(record: StageRecord) -> str:
     ])  # fmt: skip
 
 
+def _command(size: str, record: StageRecord) -> str:
+    """What to type to train a stage as it was, changes to the shipped configuration included."""
+    command = record.stage.command(size)
+    try:
+        shipped = read_raw_config(record.stage.config_path(size))
+    except UserError:
+        return command
+    words = as_words(record.summary["config"], shipped, record.summary.get("changed") or ())
+    return f"{command} {words}".rstrip()
+
+
 def _reproduce(size: str, records: Sequence[StageRecord]) -> list[str]:
     """Code, commands, configurations and checksums."""
     parts = [f"<p>On {html.escape(machine())}.</p><p>All of it: <code>omni run --size {html.escape(size)}</code>. "
@@ -253,7 +267,7 @@ def _reproduce(size: str, records: Sequence[StageRecord]) -> list[str]:
     for record in records:
         code, config = record.summary["code"], record.summary["config"]
         seed = config["run"]["seed"] if isinstance(config.get("run"), dict) else "-"
-        rows.append((record.stage.letter, record.stage.command(size), str(seed), str(code.get("commit") or "-"),
+        rows.append((record.stage.letter, _command(size, record), str(seed), str(code.get("commit") or "-"),
                      str(code.get("source") or "-"), record.summary["sha256"][:16]))  # fmt: skip
     parts.append(table(("stage", "command", "seed", "commit", "source", "checkpoint"), rows))
     for record in records:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from omni.cli import main
+from omni.command_line import as_words
 from omni.evaluate.samples import Shown, make_samples
 from omni.load import load_omni
 from omni.metrics import ratio
@@ -22,6 +23,7 @@ from omni.sample import Sample
 from omni.stages import STAGES
 from tests import toy_run
 from tests.page_shots import chromium
+from tests.test_inspect import make
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,29 @@ def test_samples_are_written_where_they_are_asked_for(place: Path, capsys: pytes
     assert "seen/seeing_1_attention.jpg" in capsys.readouterr().out and Path("seen/seeing_1.png").exists()
 
 
+def test_a_checkpoint_that_is_no_stages_is_a_sentence_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd: list[dict[str, Any]] = [
+        {"config": {"name": "x", "data": {"test": 5, "val": []}}}, {"config": {"name": "x", "data": [1]}},
+        {"model_config": {}}, {"kind": "mine"},
+    ]  # fmt: skip
+    for number, changes in enumerate(odd):
+        path = place / f"odd_{number}.pt"
+        make(path, changes.pop("kind", "thinker"), **changes)
+        assert main(["inspect", str(path), "--html", "odd.html"]) == 0
+        assert "cannot be shown: " in Path("odd.html").read_text()
+        assert "Traceback" not in capsys.readouterr().err
+
+
 # ---- the report, and pages in a browser ----
+
+
+def test_the_command_of_a_changed_run_is_whole() -> None:
+    shipped = {"name": "x", "train": {"lr": 0.1, "max_steps": 9}}
+    train = {"lr": 0.2, "max_steps": 9, "optimizer": "muon"}
+    resolved = {"name": "x", "train": train, "run": {"seed": 3, "device": "cpu"}}
+    words = as_words(resolved, shipped, ("train.optimizer", "run.seed", "train.lr"))
+    assert words == "--run.seed 3 --train.lr 0.2 --train.optimizer muon"
+    assert as_words(shipped, shipped, ()) == ""
 
 
 def report(place: Path, samples: dict[str, list[Sample]]) -> Path:
@@ -168,7 +192,7 @@ def report(place: Path, samples: dict[str, list[Sample]]) -> Path:
 def test_the_report_says_what_was_trained_and_how_to_make_it_again(
     place: Path, samples: dict[str, list[Sample]]
 ) -> None:
-    page = report(place, samples).read_text()
+    page = report(place, samples).read_text().replace("<wbr>", "")
     assert len(page) < 10_000_000 and "<script" not in page and "<img src=http" not in page
     assert "0.750 [" in page and "image_qa_blind 0.250 [" in page and "chance 0.5" in page
     for expected in ("python train_vision.py --config configs/vision_toy.json", "&lt;b&gt;.csv", "abababababababab",

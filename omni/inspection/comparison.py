@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from omni.command_line import flat
 from omni.config import UserError
 from omni.curves import Curve, is_number, loss_curve, phases_of
 from omni.inspection.chance import (
@@ -20,7 +21,6 @@ from omni.inspection.chance import (
     judged,
     paired_difference,
 )
-from omni.inspection.facts import flat
 from omni.inspection.runs import RunRecord, inspect
 from omni.predictions import predictions_beside, read_predictions
 from omni.stages import STAGES, read_raw_config

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni.command_line import differing_keys
 from omni.config import UserError, from_dict
 from omni.files import file_problem
 from omni.stages import JUDGE, STAGES, StageInfo
@@ -153,15 +154,4 @@ def config_differences(facts: Facts, shipped: dict[str, Any]) -> list[tuple[str,
 
     A key that the file does not name stands at its default there; ``...`` stands for a default that differs.
     """
-    ours, theirs = dict(flat(facts.config)), dict(flat(shipped))
-    different = [(key, theirs[key], ours.get(key)) for key in theirs if key not in ours or ours[key] != theirs[key]]
-    changed = [key for key in facts.changed or () if key not in theirs and key in ours]
-    return sorted([*different, *((key, ..., ours[key]) for key in changed)], key=lambda item: item[0])
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested plain values by their dotted keys."""
-    found: list[tuple[str, Any]] = []
-    for key, item in values.items():
-        found += flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
-    return found
+    return differing_keys(facts.config, shipped, facts.changed or ())
