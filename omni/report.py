@@ -208,21 +208,22 @@ def _samples(samples: Mapping[str, Sequence[Sample]]) -> list[str]:
 
 
 def _training_table(records: Sequence[StageRecord], seconds: Mapping[str, float]) -> str:
-    rows = []
+    rows, parts = [], list[str]()
     for record in records:
         summary = record.summary
-        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in summary["parameters"].items())
+        sizes = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in summary["parameters"].items())
+        parts.append(f"{record.stage.letter}: {sizes}")
         millions = sum(summary["parameters"].values()) / 1e6
         seen = ", ".join(f"{unit.partition('.')[2]} {count:,}" for unit, count in summary["seen"].items())
         wall = seconds.get(record.stage.prefix)
         rows.append((
             f"{record.stage.letter} {record.stage.title}", f"{millions:.1f} M", f"{summary['total_step']:,}", seen,
             str(summary["skipped"]), f"{summary['seconds']:.0f} s", f"{wall:.0f} s" if wall else "-",
-            summary["precision"], parts,
+            summary["precision"],
         ))  # fmt: skip
     others = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name in _OTHER_STEPS)
-    head = ("stage", "parameters", "steps", "seen", "skipped", "in steps", "in all", "precision", "by part")
-    return table(head, rows) + f"<p>{html.escape(others)}</p>"
+    head = ("stage", "parameters", "steps", "seen", "skipped", "in steps", "in all", "precision")
+    return table(head, rows) + f"<p>{html.escape(others)}</p><p>{'<br>'.join(map(html.escape, parts))}</p>"
 
 
 _OTHER_STEPS = ("data", "evaluation", "samples")
@@ -267,9 +268,11 @@ def _reproduce(size: str, records: Sequence[StageRecord]) -> list[str]:
     for record in records:
         code, config = record.summary["code"], record.summary["config"]
         seed = config["run"]["seed"] if isinstance(config.get("run"), dict) else "-"
-        rows.append((record.stage.letter, _command(size, record), str(seed), str(code.get("commit") or "-"),
-                     str(code.get("source") or "-"), record.summary["sha256"][:16]))  # fmt: skip
-    parts.append(table(("stage", "command", "seed", "commit", "source", "checkpoint"), rows))
+        rows.append((record.stage.letter, str(seed), str(code.get("commit") or "-"), str(code.get("source") or "-"),
+                     record.summary["sha256"][:16]))  # fmt: skip
+    commands = "\n".join(_command(size, record) for record in records)
+    parts.append(f"<pre>{html.escape(commands)}</pre>")
+    parts.append(table(("stage", "seed", "commit", "source", "checkpoint"), rows))
     for record in records:
         text = json.dumps(record.summary["config"], indent=1, ensure_ascii=False)
         title = html.escape(f"{record.stage.letter}: the whole configuration, every key")
