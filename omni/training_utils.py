@@ -128,6 +128,25 @@ class Loop:
 
     def _run_phase(self, name: str, build: Callable[[], Stage]) -> None:
         """Train one phase from wherever it stands."""
+        set_lr = self._begin_phase(name, build)
+        stage = self.stage
+        wanted = self.options.tensorboard and ranks.rank() == 0
+        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
+        self.progress = Progress(name, self.state.step, stage.config.max_steps)
+        try:
+            self._heed_signal()
+            while self.state.step < stage.config.max_steps and not self.state.stopped_early:
+                self._step(name, set_lr)
+                self._heed_signal()
+        finally:
+            stage.stream.close()
+            self.progress.close()
+            self.board.close()
+        if self.state.phase < len(self.run.phases) - 1:
+            self._save_periodic()
+
+    def _begin_phase(self, name: str, build: Callable[[], Stage]) -> Callable[[int], float]:
+        """Build a phase with its optimizer, where it stands; returns what sets the learning rate of a step."""
         if self._training is None:
             # a phase's initial values and batches must not depend on how the phase before it was interrupted
             seed_everything(self.options.seed + 1000 * (self.state.phase + 1))
@@ -158,20 +177,7 @@ class Loop:
             stage.config.batch_size, millions, self.precision.name,
             self.precision.device if ranks.size() == 1 else f"{ranks.size()} ranks ({self.precision.device.type})",
         )  # fmt: skip
-        wanted = self.options.tensorboard and ranks.rank() == 0
-        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
-        self.progress = Progress(name, self.state.step, stage.config.max_steps)
-        try:
-            self._heed_signal()
-            while self.state.step < stage.config.max_steps and not self.state.stopped_early:
-                self._step(name, set_lr)
-                self._heed_signal()
-        finally:
-            stage.stream.close()
-            self.progress.close()
-            self.board.close()
-        if self.state.phase < len(self.run.phases) - 1:
-            self._save_periodic()
+        return set_lr
 
     def _begin_randomness(self) -> None:
         """The random numbers of dropout: those of the checkpoint, or of the phase's beginning. Ranks differ in them."""
