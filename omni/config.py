@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 Config = TypeVar("Config")
 
@@ -46,7 +46,7 @@ class PhaseConfig:
     """The keys of one training phase: how long, how much at once, how fast."""
 
     max_steps: int
-    batch_size: int
+    batch_size: Annotated[int, "auto"]  # auto: as many as fit the memory; a number by the time that a run begins
     lr: float
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, adamw for all else
     muon_lr: float = 0.005
@@ -63,7 +63,7 @@ class PhaseConfig:
     def problems(self) -> Iterator[Problem]:
         """Values that no training can run with."""
         for key in ("max_steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) != "auto" and getattr(self, key) < 1:
                 yield Problem(key, str(getattr(self, key)), "at least 1")
         for key in ("lr", "muon_lr"):
             if getattr(self, key) <= 0:
@@ -105,9 +105,8 @@ class RunConfig:
         for key in ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips"):
             if getattr(self, key) < 1:
                 yield Problem(key, str(getattr(self, key)), "at least 1")
-        for key in ("seed", "num_threads", "num_workers"):
-            if getattr(self, key) < 0:
-                yield Problem(key, str(getattr(self, key)), "0 or more")
+        yield from (Problem(key, str(getattr(self, key)), "0 or more")
+                    for key in ("seed", "num_threads", "num_workers") if getattr(self, key) < 0)  # fmt: skip
         for key in ("max_grad_norm", "max_grad_explosion", "rank_timeout"):
             if getattr(self, key) <= 0:
                 yield Problem(key, str(getattr(self, key)), "more than 0")
@@ -190,7 +189,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     Raises:
         UserError: listing every unknown, missing, mistyped or impossible key, one line each, prefixed by ``where``.
     """
-    problems: list[Problem] = []
+    problems = list[Problem]()
     built = _build(cls, values, "", problems)
     if problems:
         raise UserError("\n".join(problem.line(where) for problem in problems))
@@ -215,8 +214,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[s
     # A configuration that is already wrong is reported as it stands in the file, before the command line's turn.
     if not overrides:
         return from_dict(cls, values, str(path))
-    known = dict(leaves(cls))
-    problems: list[Problem] = []
+    known, problems = dict(leaves(cls)), list[Problem]()
     for name, text in overrides:
         for key in _matches(name, known, problems):
             if text is None and known[key].type is not bool:
@@ -267,7 +265,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     """Every settable key of a dataclass, dotted."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
         if dataclasses.is_dataclass(kind):
@@ -302,6 +300,10 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _parse(text: str, kind: Any) -> Any:
     """Command-line text as a value of the key's type. Raises ValueError saying what was expected."""
+    if typing.get_origin(kind) is Annotated:
+        if text in typing.get_args(kind)[1:]:
+            return text
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
@@ -309,21 +311,14 @@ def _parse(text: str, kind: Any) -> Any:
     if kind is str or typing.get_origin(kind) is Literal:
         return text
     if kind is bool:
-        if text.lower() in ("true", "yes", "on", "1"):
-            return True
-        if text.lower() in ("false", "no", "off", "0"):
-            return False
-        raise ValueError("true or false")
-    if kind is int:
+        if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return text.lower() in ("true", "yes", "on", "1")
+        raise ValueError(type_name(kind))
+    if kind in (int, float):
         try:
-            return int(text)
+            return kind(text)
         except ValueError:
-            raise ValueError("a whole number") from None
-    if kind is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError("a number") from None
+            raise ValueError(type_name(kind)) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -336,7 +331,7 @@ def _build(cls: type[Config], values: Any, prefix: str, problems: list[Problem])
     if not isinstance(values, dict):
         problems.append(Problem(prefix.rstrip(".") or "(top)", short_json(values), "an object {...}"))
         return None
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -364,6 +359,8 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, f"{key}.", problems)
     origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:  # a type, or one of these words
+        return value if value in options[1:] else _convert(options[0], value, key, problems)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -395,6 +392,8 @@ def type_name(kind: Any) -> str:
         return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) in (tuple, dict):
         return "a list" if typing.get_origin(kind) is tuple else "an object {...}"
+    if typing.get_origin(kind) is Annotated:
+        return " or ".join([type_name(typing.get_args(kind)[0]), *map(json.dumps, typing.get_args(kind)[1:])])
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return type_name(typing.get_args(kind)[0]) + " or null"
     return names.get(kind, "an object {...}")

@@ -36,7 +36,7 @@ from omni.config import PhaseConfig, StageConfig, from_dict, to_dict
 from omni.console import user_errors
 from omni.data_memory import data_memory
 from omni.models.layers import kernels_of
-from omni.planning import PhaseCost, Point, Request
+from omni.plan_types import PhaseCost, Point, Request
 from omni.runtime import Precision, seed_everything, setup_compute
 from omni.stages import JUDGE, STAGES, StageInfo
 from omni.stand_ins import Wanted, stand_in
@@ -144,6 +144,7 @@ def count(request: Request, precision: Precision, kernels: str, batch_size: int)
 def _count_phase(small: Rehearsal) -> Point:
     """The second step of a phase; the first one makes the optimizer's state."""
     device, loss = small.precision.device, small.stage.compute_loss
+    gc.collect()
     weights = _weights()
     cuda = device.type == "cuda"
     with LiveBytes() as live:
@@ -160,7 +161,6 @@ def _count_phase(small: Rehearsal) -> Point:
 
         activations = 0
         small.stage.compute_loss = watched
-        gc.collect()
         _forget_peak()
         small.step()
         if cuda:
@@ -183,7 +183,7 @@ def _count_phase(small: Rehearsal) -> Point:
 
 def _weights() -> int:
     """Bytes of all modules that there are: the stage's own, and those that it only uses."""
-    modules = [item for item in gc.get_objects() if isinstance(item, nn.Module)]
+    modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module)]
     tensors = [item for module in modules for item in (*module.parameters(False), *module.buffers(False))]
     return sum({item.data_ptr(): item.nbytes for item in tensors}.values())
 
