@@ -1,4 +1,4 @@
-"""What a run takes, as counted on two small batches (:mod:`omni.rehearsal`), and at any other batch size. Needs no torch."""
+"""What a run takes: counted on two small batches (:mod:`omni.rehearsal`), worked out for any other. Needs no torch."""
 
 from __future__ import annotations
 

@@ -182,22 +182,29 @@ _SHORTER = {
 
 
 def out_of_memory(config: StageConfig, script: str, phase: str, kind: str, why: str, standing: str) -> UserError:
-    """What to say when a phase does not fit: the plan, and the two settings that would help."""
+    """What to say when a phase does not fit: the plan, and the two settings that would help.
+
+    Args:
+        config: the configuration.
+        script: the stage's script.
+        phase: in which it happened.
+        kind: "cuda" or "cpu": where it computes.
+        why: what could not be had.
+        standing: what there is to continue from.
+    """
     settings = dict(_phases(config))[phase]
     stage = next((stage for stage in (*STAGES, JUDGE) if stage.script == Path(script).name), None)
-    rows, half = settings.batch_size, max(1, settings.batch_size // 2)
-    text = table = ""
+    table, shorter = "", "shorter samples"
     if stage is not None:
-        with contextlib.suppress(UserError):
+        shorter = f"a lower --{_SHORTER[phase if phase in _SHORTER else stage.kind]}"
+        with contextlib.suppress(UserError):  # there may be too little memory for a rehearsal as well
             plan = make_plan(stage, to_dict(config), config.name, Path("configs"), Wish(seconds=0, device="cpu"))
             table = "\n" + plan_text(plan, (kind,))
-    shorter = _SHORTER[phase if phase in _SHORTER else stage.kind] if stage is not None else "the length of a sample"
-    if rows > 1:
-        text = (
-            f"--{phase}.batch_size {half} --{phase}.gradient_accumulation_steps "
-            f"{-(-rows // half) * settings.gradient_accumulation_steps} (the same gradients in about half the memory), or "
+    rows, half = settings.batch_size, settings.batch_size // 2
+    if half:
+        steps = -(-rows // half) * settings.gradient_accumulation_steps
+        shorter = (
+            f"--{phase}.batch_size {half} --{phase}.gradient_accumulation_steps {steps} (the same gradients in about "
+            f"half the memory), or {shorter}"
         )
-    return UserError(
-        f"{phase}: out of memory with {rows} rows ({why}). Two settings help: {text}a lower --{shorter}. "
-        f"{standing}{table}"
-    )
+    return UserError(f"{phase}: out of memory with {rows} rows ({why}). What helps: {shorter}. {standing}{table}")

@@ -84,7 +84,11 @@ class Rehearsal(Loop):
 
 @contextlib.contextmanager
 def rehearsal(
-    request: Request, precision: Precision, change: Callable[[PhaseConfig], PhaseConfig], wanted: Wanted
+    request: Request,
+    precision: Precision,
+    change: Callable[[PhaseConfig], PhaseConfig],
+    wanted: Wanted,
+    kind: type[Rehearsal] = Rehearsal,
 ) -> Iterator[Rehearsal]:
     """A stage on stand-ins, each of its phases changed.
 
@@ -93,6 +97,7 @@ def rehearsal(
         precision: how and where it computes.
         change: from each phase's configuration to that of the rehearsal.
         wanted: which samples.
+        kind: of the loop.
     """
     script = load_script(request.script)
     config = from_dict(config_class(script), request.values, request.where)
@@ -108,7 +113,7 @@ def rehearsal(
         seed_everything(config.run.seed)
         run: Run = script.build(config, precision)
         run.model.to(precision.device)
-        yield Rehearsal(run, config, precision)
+        yield kind(run, config, precision)
     gc.collect()
 
 
@@ -297,7 +302,9 @@ def rehearse(request: Request, config: StageConfig) -> list[PhaseCost]:
     ]
     if request.seconds:
         kind = here.device.type
-        room = int(0.8 * request.memory) if kind == "cpu" else torch.cuda.get_device_properties(here.device).total_memory
+        room = (
+            int(0.8 * request.memory) if kind == "cpu" else torch.cuda.get_device_properties(here.device).total_memory
+        )
         fits = {cost.name: cost.largest_batch(kind, room) for cost in costs}
         times = measure(request, here, request.seconds, fits)
         costs = [dataclasses.replace(cost, seconds=times[cost.name], device=_name(here.device)) for cost in costs]

@@ -95,9 +95,13 @@ class _StandIns:
         self.words = _words(random.Random(0))
 
     def of(self, kind: str) -> dict[str, Any]:
-        {"thinker": self._text, "audio_enc": self._hear, "vision": self._see, "talker": self._speak, "omni": self._chat}[
-            kind
-        ]()
+        {
+            "thinker": self._text,
+            "audio_enc": self._hear,
+            "vision": self._see,
+            "talker": self._speak,
+            "omni": self._chat,
+        }[kind]()
         self.data |= {"allow_leaks": True, "allow_outside_paths": True, "on_bad_sample": "error"}
         self.values["run"] |= {"save_dir": str(self.folder / "run"), "tensorboard": False}
         return self.values
@@ -228,7 +232,11 @@ class _StandIns:
                 {"role": "assistant", "content": answer},
             ]
             more = {"transcript": said} if index % 4 == 1 else {}
-            yield {"task": ("image_qa", "speech_qa", "image_speech_qa", "text_qa")[index % 4], **more, "messages": turns}
+            yield {
+                "task": ("image_qa", "speech_qa", "image_speech_qa", "text_qa")[index % 4],
+                **more,
+                "messages": turns,
+            }
 
     # ---- inputs ----
 
@@ -245,7 +253,7 @@ class _StandIns:
         if Path(path).exists():
             return Tokenizer(as_bytes(load_checkpoint(Path(path))[0]["assets"]["tokenizer.model"]))
         data = read_raw_config(self._config_of(path))["data"]
-        size = data["vocab_size"] if "vocab_size" in data else 1024
+        size = data.get("vocab_size", 1024)  # the default of stage A
         return Tokenizer.train(self._some_text(256, data["train"], size).splitlines(), size)
 
     def _audio_encoder(self, path: str) -> None:
@@ -272,16 +280,19 @@ class _StandIns:
             return from_dict(cls, read_summary(path)["model_config"], path)
         where = self._config_of(path)
         values = read_raw_config(where)
-        return from_dict(cls, values["model"] if "model" in values else {}, f"{where}: model")
+        return from_dict(cls, values.get("model", {}), f"{where}: model")
 
     def _config_of(self, path: str) -> Path:
         """The configuration whose run leaves a checkpoint: that of its folder's name."""
         found = self.configs / f"{Path(path).parent.name}.json"
         if not found.exists():
-            kind = stage_of(Path(path).stem) if Path(path).stem in ("thinker", "audio_enc", "vision", "talker") else None
+            kind = (
+                stage_of(Path(path).stem) if Path(path).stem in ("thinker", "audio_enc", "vision", "talker") else None
+            )
             command = f"; run `python {kind.script}` first" if kind else ""
             raise UserError(
-                f"{path}: no such checkpoint, and no {found} that would say what it will be, expected one of them{command}"
+                f"{path}: no such checkpoint, and no {found} that would say what it will be, expected one of "
+                f"them{command}"
             )
         return found
 

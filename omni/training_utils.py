@@ -451,8 +451,10 @@ def _settled(config: Any, build: Build, precision: Precision, fresh: bool) -> An
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: on a CPU torch says so in words alone."""
-    return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return (
+        not isinstance(error, RuntimeError)
+        or isinstance(error, torch.OutOfMemoryError)
+        or ("can't allocate memory" in str(error) or "not enough memory" in str(error))
     )
 
 
