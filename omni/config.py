@@ -13,7 +13,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -41,6 +41,11 @@ class Problem(NamedTuple):
         return f"{where}: {self.key}: found {self.found}, expected {self.expected}"
 
 
+def _unfit(config: Any, keys: Sequence[str], fits: Callable[[Any], bool], expected: str) -> Iterator[Problem]:
+    """A problem for every one of these keys whose value does not fit."""
+    return (Problem(key, str(getattr(config, key)), expected) for key in keys if not fits(getattr(config, key)))
+
+
 @dataclass(frozen=True)
 class PhaseConfig:
     """The keys of one training phase: how long, how much at once, how fast."""
@@ -62,17 +67,13 @@ class PhaseConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Values that no training can run with."""
-        for key in ("max_steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) != "auto" and getattr(self, key) < 1:
-                yield Problem(key, str(getattr(self, key)), "at least 1")
-        for key in ("lr", "muon_lr"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "a positive learning rate")
+        yield from _unfit(self, ("max_steps", "gradient_accumulation_steps"), lambda value: value >= 1, "at least 1")
+        yield from _unfit(self, ("batch_size",), lambda value: value == "auto" or value >= 1, 'at least 1, or "auto"')
+        yield from _unfit(self, ("lr", "muon_lr"), lambda value: value > 0, "a positive learning rate")
         if not 0 <= self.min_lr_ratio <= 1:
             yield Problem("min_lr_ratio", str(self.min_lr_ratio), "a share from 0 to 1")
-        for key in ("warmup_steps", "patience", "weight_decay", "min_delta"):
-            if getattr(self, key) < 0:
-                yield Problem(key, str(getattr(self, key)), "0 or more")
+        counted = ("warmup_steps", "patience", "weight_decay", "min_delta")
+        yield from _unfit(self, counted, lambda value: value >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,11 @@ class RunConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Values that no run can work with."""
-        for key in ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips"):
-            if getattr(self, key) < 1:
-                yield Problem(key, str(getattr(self, key)), "at least 1")
-        yield from (Problem(key, str(getattr(self, key)), "0 or more")
-                    for key in ("seed", "num_threads", "num_workers") if getattr(self, key) < 0)  # fmt: skip
-        for key in ("max_grad_norm", "max_grad_explosion", "rank_timeout"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "more than 0")
+        counted = ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips")
+        yield from _unfit(self, counted, lambda value: value >= 1, "at least 1")
+        yield from _unfit(self, ("seed", "num_threads", "num_workers"), lambda value: value >= 0, "0 or more")
+        positive = ("max_grad_norm", "max_grad_explosion", "rank_timeout")
+        yield from _unfit(self, positive, lambda value: value > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +124,8 @@ class DataConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Limits that nothing passes."""
-        for key in ("max_audio_seconds", "max_pixels", "max_text_chars"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "more than 0")
+        limits = ("max_audio_seconds", "max_pixels", "max_text_chars")
+        yield from _unfit(self, limits, lambda value: value > 0, "more than 0")
         if not 0 <= self.max_bad_fraction <= 1:
             yield Problem("max_bad_fraction", str(self.max_bad_fraction), "a share from 0 to 1")
 
@@ -300,10 +297,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _parse(text: str, kind: Any) -> Any:
     """Command-line text as a value of the key's type. Raises ValueError saying what was expected."""
+    expected = type_name(kind)
     if typing.get_origin(kind) is Annotated:
-        if text in typing.get_args(kind)[1:]:
+        kind, *words = typing.get_args(kind)
+        if text in words:
             return text
-        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
@@ -318,7 +316,7 @@ def _parse(text: str, kind: Any) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise ValueError(type_name(kind)) from None
+            raise ValueError(expected) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -358,9 +356,11 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     """``value`` as the type ``kind``; adds a problem and returns None where it is not one."""
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, f"{key}.", problems)
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    origin, options, expected = typing.get_origin(kind), typing.get_args(kind), type_name(kind)
     if origin is Annotated:  # a type, or one of these words
-        return value if value in options[1:] else _convert(options[0], value, key, problems)
+        if value in options[1:]:
+            return value
+        kind = options[0]
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -375,7 +375,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    problems.append(Problem(key, short_json(value), type_name(kind)))
+    problems.append(Problem(key, short_json(value), expected))
     return None
 
 

@@ -117,7 +117,7 @@ def _reason(request: Request, done: subprocess.CompletedProcess[str]) -> str:
 
 def automatic_phases(config: StageConfig) -> list[str]:
     """The phases whose batch size is "auto"."""
-    return [name for name, phase in _phases(config) if phase.batch_size == "auto"]  # type: ignore[comparison-overlap]
+    return [name for name, phase in _phases(config) if phase.batch_size == "auto"]
 
 
 def _phases(config: StageConfig) -> Iterator[tuple[str, PhaseConfig]]:

@@ -150,7 +150,7 @@ def _count_phase(small: Rehearsal) -> Point:
     """The second step of a phase; the first one makes the optimizer's state."""
     device, loss = small.precision.device, small.stage.compute_loss
     gc.collect()
-    weights = _weights()
+    weights, activations = _weights(), 0
     cuda = device.type == "cuda"
     with LiveBytes() as live:
 
@@ -164,7 +164,6 @@ def _count_phase(small: Rehearsal) -> Point:
             activations = alive() - before
             return terms
 
-        activations = 0
         small.stage.compute_loss = watched
         _forget_peak()
         small.step()
