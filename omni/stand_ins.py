@@ -40,8 +40,8 @@ from omni.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 
-# From shortest to longest in ten steps: seconds of 1,500 recordings of `omni data synth --size tiny`, words of 500 of its
-# captions
+# From shortest to longest in ten steps: seconds of 1,500 recordings of `omni data synth --size tiny`, words of
+# 500 of its captions
 SECONDS = (0.5, 1.5, 1.8, 2.0, 2.3, 2.5, 2.8, 3.3, 3.9, 4.7, 12.8)
 CAPTION_WORDS = (8, 8, 9, 10, 16, 17, 19, 19, 21, 25, 28)
 _LEARNED_FROM = 3_000_000  # characters of a text from which a stand-in tokenizer is learned
