@@ -160,7 +160,7 @@ class _StandIns:
     def _some_text(self, ctx_len: int, real: str | None, vocab_size: int) -> str:
         """Documents: of the real text where it is there; else made-up words, enough for a vocabulary."""
         num_chars = max(4 * self.wanted.num * ctx_len, 40 * vocab_size, 20_000)
-        found = _beginning(real, max(num_chars, _LEARNED_FROM if vocab_size else 0))
+        found = _beginning(real, num_chars, max(num_chars, _LEARNED_FROM if vocab_size else 0))
         if found:
             return found
         rng, size, documents = random.Random(1), 0, []
@@ -306,18 +306,20 @@ class _StandIns:
         save_checkpoint(self.folder / f"{kind}.pt", tensors, summary)
 
 
-def _beginning(path: str | None, num_chars: int) -> str:
-    """Whole lines from the beginning of a text file, or of the files of a folder; empty where there is none."""
+def _beginning(path: str | None, least: int, most: int) -> str:
+    """Whole lines from the beginning of a text file, or of the files of a folder, up to ``most`` characters.
+
+    Empty where there is none, or fewer than ``least`` characters.
+    """
     if path is None or not Path(path).exists():
         return ""
-    files = sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
     text = ""
-    for file in files:
+    for file in sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]:
         with file.open(encoding="utf-8", errors="replace") as stream:
-            text += stream.read(num_chars - len(text))
-        if len(text) >= num_chars:
+            text += stream.read(most - len(text))
+        if len(text) >= most:
             break
-    return text[: text.rfind("\n") + 1] if len(text) >= num_chars else ""
+    return text[: text.rfind("\n") + 1] if len(text) >= least else ""
 
 
 def _words(rng: random.Random, count: int = 30_000) -> list[str]:
