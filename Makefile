@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 FIND_PYTHON := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo results test test-slow check
+.PHONY: help setup demo results test test-slow check bench
 
 help:
 	@echo "make demo       data, training A-E, evaluation and report at size nano (minutes on two cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test       the gate and the fast tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      the gate alone: ruff, mypy, import rules"
+	@echo "make bench      how fast each stage trains here, beside peers from transformers (on an otherwise idle machine)"
 	@echo "make setup      the environment alone: .venv from uv.lock"
 
 setup: .venv/.ready
@@ -59,3 +60,7 @@ check: setup
 	@.venv/bin/ruff format --check --quiet . || { .venv/bin/ruff format --check .; exit 1; }
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest tests/test_imports.py
+
+# SIZE=tiny for other configurations; bench/gpu.sh is the same on a CUDA device, without an environment of its own
+bench: setup
+	@.venv/bin/python -m bench --size $(or $(SIZE),nano) --json runs/bench_$(or $(SIZE),nano).json

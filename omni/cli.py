@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="write the micro-world; check manifests")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     synth = kinds.add_parser("synth", help="write the micro-world into DIR/SIZE")
-    synth.add_argument("--size", required=True, help="nano, micro, tiny or test")
+    synth.add_argument("--size", required=True, help="nano, micro, tiny, base or test")
     synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     synth.add_argument("--seed", type=int, default=0)
     synth.set_defaults(function=_synth)
@@ -98,6 +98,17 @@ def _add_looking(commands: Any) -> None:
         help="write it as one page that needs no other file; of one run or checkpoint with its samples",
     )  # fmt: skip
     look.set_defaults(function=_inspect)
+
+    plan = commands.add_parser("plan", help="what a configuration will take: memory by part, operations, time")
+    plan.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
+    plan.add_argument("--memory", type=float, default=12.0, metavar="GB", help="of the GPU it shall fit (12)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks that share each batch (1)")
+    plan.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="to measure steps for, each phase (10); 0: no time"
+    )
+    plan.add_argument("--device", default="auto", help="where time is measured: auto, cpu, cuda or cuda:N")
+    plan.add_argument("--json", action="store_true", help="print one JSON list instead")
+    plan.set_defaults(function=_plan)
 
     against = commands.add_parser("compare", help="what differs between runs, and whether by more than chance")
     against.add_argument(
@@ -209,6 +220,28 @@ def _inspect(words: argparse.Namespace) -> int:
         write_whole(words.html, inspection_page(found, parts).encode())
     print(json.dumps(values, indent=1, allow_nan=False) if words.json else text)
     return 0 if healthy else 1
+
+
+def _plan(words: argparse.Namespace) -> int:
+    from omni.plan_view import plan_text
+    from omni.planning import Wish, plan_config
+
+    for option, fits, expected in (
+        ("memory", words.memory > 0, "more than 0"),
+        ("gpus", words.gpus >= 1, "1 or more"),
+        ("seconds", 0 <= words.seconds <= 3600, "0 to 3600"),
+    ):
+        if not fits:
+            raise UserError(f"--{option}: found {getattr(words, option):g}, expected {expected}", exit_code=2)
+    wish = Wish(words.memory, words.gpus, words.seconds, words.device)
+    plans = []
+    for path in words.configs:
+        plans.append(plan_config(path, wish))
+        if not words.json:
+            print(plan_text(plans[-1]), flush=True)
+    if words.json:
+        print(json.dumps([plan.values() for plan in plans], indent=1, allow_nan=False))
+    return 0
 
 
 def _compare(words: argparse.Namespace) -> int:

@@ -13,10 +13,10 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 Config = TypeVar("Config")
 
@@ -41,12 +41,17 @@ class Problem(NamedTuple):
         return f"{where}: {self.key}: found {self.found}, expected {self.expected}"
 
 
+def _unfit(config: Any, keys: Sequence[str], fits: Callable[[Any], bool], expected: str) -> Iterator[Problem]:
+    """A problem for every one of these keys whose value does not fit."""
+    return (Problem(key, str(getattr(config, key)), expected) for key in keys if not fits(getattr(config, key)))
+
+
 @dataclass(frozen=True)
 class PhaseConfig:
     """The keys of one training phase: how long, how much at once, how fast."""
 
     max_steps: int
-    batch_size: int
+    batch_size: Annotated[int, "auto"]  # auto: as many as fit the memory; a number by the time that a run begins
     lr: float
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, adamw for all else
     muon_lr: float = 0.005
@@ -62,17 +67,13 @@ class PhaseConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Values that no training can run with."""
-        for key in ("max_steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                yield Problem(key, str(getattr(self, key)), "at least 1")
-        for key in ("lr", "muon_lr"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "a positive learning rate")
+        yield from _unfit(self, ("max_steps", "gradient_accumulation_steps"), lambda value: value >= 1, "at least 1")
+        yield from _unfit(self, ("batch_size",), lambda value: value == "auto" or value >= 1, 'at least 1, or "auto"')
+        yield from _unfit(self, ("lr", "muon_lr"), lambda value: value > 0, "a positive learning rate")
         if not 0 <= self.min_lr_ratio <= 1:
             yield Problem("min_lr_ratio", str(self.min_lr_ratio), "a share from 0 to 1")
-        for key in ("warmup_steps", "patience", "weight_decay", "min_delta"):
-            if getattr(self, key) < 0:
-                yield Problem(key, str(getattr(self, key)), "0 or more")
+        counted = ("warmup_steps", "patience", "weight_decay", "min_delta")
+        yield from _unfit(self, counted, lambda value: value >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,11 @@ class RunConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Values that no run can work with."""
-        for key in ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips"):
-            if getattr(self, key) < 1:
-                yield Problem(key, str(getattr(self, key)), "at least 1")
-        for key in ("seed", "num_threads", "num_workers"):
-            if getattr(self, key) < 0:
-                yield Problem(key, str(getattr(self, key)), "0 or more")
-        for key in ("max_grad_norm", "max_grad_explosion", "rank_timeout"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "more than 0")
+        counted = ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips")
+        yield from _unfit(self, counted, lambda value: value >= 1, "at least 1")
+        yield from _unfit(self, ("seed", "num_threads", "num_workers"), lambda value: value >= 0, "0 or more")
+        positive = ("max_grad_norm", "max_grad_explosion", "rank_timeout")
+        yield from _unfit(self, positive, lambda value: value > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +124,8 @@ class DataConfig:
 
     def problems(self) -> Iterator[Problem]:
         """Limits that nothing passes."""
-        for key in ("max_audio_seconds", "max_pixels", "max_text_chars"):
-            if getattr(self, key) <= 0:
-                yield Problem(key, str(getattr(self, key)), "more than 0")
+        limits = ("max_audio_seconds", "max_pixels", "max_text_chars")
+        yield from _unfit(self, limits, lambda value: value > 0, "more than 0")
         if not 0 <= self.max_bad_fraction <= 1:
             yield Problem("max_bad_fraction", str(self.max_bad_fraction), "a share from 0 to 1")
 
@@ -190,7 +186,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     Raises:
         UserError: listing every unknown, missing, mistyped or impossible key, one line each, prefixed by ``where``.
     """
-    problems: list[Problem] = []
+    problems = list[Problem]()
     built = _build(cls, values, "", problems)
     if problems:
         raise UserError("\n".join(problem.line(where) for problem in problems))
@@ -215,8 +211,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[s
     # A configuration that is already wrong is reported as it stands in the file, before the command line's turn.
     if not overrides:
         return from_dict(cls, values, str(path))
-    known = dict(leaves(cls))
-    problems: list[Problem] = []
+    known, problems = dict(leaves(cls)), list[Problem]()
     for name, text in overrides:
         for key in _matches(name, known, problems):
             if text is None and known[key].type is not bool:
@@ -267,7 +262,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
     """Every settable key of a dataclass, dotted."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for item in dataclasses.fields(cls):
         kind = hints[item.name]
         if dataclasses.is_dataclass(kind):
@@ -302,6 +297,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _parse(text: str, kind: Any) -> Any:
     """Command-line text as a value of the key's type. Raises ValueError saying what was expected."""
+    expected = type_name(kind)
+    if typing.get_origin(kind) is Annotated:
+        kind, *words = typing.get_args(kind)
+        if text in words:
+            return text
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
@@ -309,21 +309,14 @@ def _parse(text: str, kind: Any) -> Any:
     if kind is str or typing.get_origin(kind) is Literal:
         return text
     if kind is bool:
-        if text.lower() in ("true", "yes", "on", "1"):
-            return True
-        if text.lower() in ("false", "no", "off", "0"):
-            return False
-        raise ValueError("true or false")
-    if kind is int:
+        if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return text.lower() in ("true", "yes", "on", "1")
+        raise ValueError(type_name(kind))
+    if kind in (int, float):
         try:
-            return int(text)
+            return kind(text)
         except ValueError:
-            raise ValueError("a whole number") from None
-    if kind is float:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError("a number") from None
+            raise ValueError(expected) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -336,7 +329,7 @@ def _build(cls: type[Config], values: Any, prefix: str, problems: list[Problem])
     if not isinstance(values, dict):
         problems.append(Problem(prefix.rstrip(".") or "(top)", short_json(values), "an object {...}"))
         return None
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -363,7 +356,11 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     """``value`` as the type ``kind``; adds a problem and returns None where it is not one."""
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, f"{key}.", problems)
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    origin, options, expected = typing.get_origin(kind), typing.get_args(kind), type_name(kind)
+    if origin is Annotated:  # a type, or one of these words
+        if value in options[1:]:
+            return value
+        kind = options[0]
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -378,7 +375,7 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    problems.append(Problem(key, short_json(value), type_name(kind)))
+    problems.append(Problem(key, short_json(value), expected))
     return None
 
 
@@ -395,6 +392,8 @@ def type_name(kind: Any) -> str:
         return "one of " + ", ".join(json.dumps(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) in (tuple, dict):
         return "a list" if typing.get_origin(kind) is tuple else "an object {...}"
+    if typing.get_origin(kind) is Annotated:
+        return " or ".join([type_name(typing.get_args(kind)[0]), *map(json.dumps, typing.get_args(kind)[1:])])
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return type_name(typing.get_args(kind)[0]) + " or null"
     return names.get(kind, "an object {...}")

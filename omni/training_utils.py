@@ -33,8 +33,10 @@ from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, changed_
 from omni.console import log, user_errors
 from omni.guards import check_gradient_explosion, clip_gradients, validate_loss
 from omni.optim import build_optimizer, get_lr_scheduler, lr_ratio, restore_optimizer, trainable_parameters
+from omni.planning import out_of_memory, settle_batch_sizes
 from omni.runtime import (
     Precision,
+    free_memory,
     isolated_randomness,
     random_state,
     restore_random_state,
@@ -77,7 +79,7 @@ class Loop:
             )
         self.state = RunState(**self._training["progress"]) if self._training else RunState()
         if self._training:
-            log.info("resuming from %s (phase %s, step %d)", self.folder.last_good, self._phase_name, self.state.step)
+            log.info("resuming from %s (phase %s, step %d)", self.folder.last_good, self.phase_name, self.state.step)
         position = self._training["metrics"] if self._training else 0
         self.metrics = NoMetrics() if ranks.rank() else MetricsLog(self.folder.path / "metrics.jsonl", position)
 
@@ -111,7 +113,8 @@ class Loop:
             self.metrics.close()
 
     @property
-    def _phase_name(self) -> str:
+    def phase_name(self) -> str:
+        """The phase that is being trained."""
         return self.run.phases[self.state.phase][0]
 
     def _finished(self) -> bool:
@@ -128,6 +131,25 @@ class Loop:
 
     def _run_phase(self, name: str, build: Callable[[], Stage]) -> None:
         """Train one phase from wherever it stands."""
+        set_lr = self._begin_phase(name, build)
+        stage = self.stage
+        wanted = self.options.tensorboard and ranks.rank() == 0
+        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
+        self.progress = Progress(name, self.state.step, stage.config.max_steps)
+        try:
+            self._heed_signal()
+            while self.state.step < stage.config.max_steps and not self.state.stopped_early:
+                self._step(name, set_lr)
+                self._heed_signal()
+        finally:
+            stage.stream.close()
+            self.progress.close()
+            self.board.close()
+        if self.state.phase < len(self.run.phases) - 1:
+            self._save_periodic()
+
+    def _begin_phase(self, name: str, build: Callable[[], Stage]) -> Callable[[int], float]:
+        """Build a phase with its optimizer, where it stands; returns what sets the learning rate of a step."""
         if self._training is None:
             # a phase's initial values and batches must not depend on how the phase before it was interrupted
             seed_everything(self.options.seed + 1000 * (self.state.phase + 1))
@@ -158,20 +180,7 @@ class Loop:
             stage.config.batch_size, millions, self.precision.name,
             self.precision.device if ranks.size() == 1 else f"{ranks.size()} ranks ({self.precision.device.type})",
         )  # fmt: skip
-        wanted = self.options.tensorboard and ranks.rank() == 0
-        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
-        self.progress = Progress(name, self.state.step, stage.config.max_steps)
-        try:
-            self._heed_signal()
-            while self.state.step < stage.config.max_steps and not self.state.stopped_early:
-                self._step(name, set_lr)
-                self._heed_signal()
-        finally:
-            stage.stream.close()
-            self.progress.close()
-            self.board.close()
-        if self.state.phase < len(self.run.phases) - 1:
-            self._save_periodic()
+        return set_lr
 
     def _begin_randomness(self) -> None:
         """The random numbers of dropout: those of the checkpoint, or of the phase's beginning. Ranks differ in them."""
@@ -395,7 +404,7 @@ class Loop:
             for name, part in self.run.model.named_children()
         }
         return {
-            "phase": self._phase_name,
+            "phase": self.phase_name,
             "phases": [name for name, _ in self.run.phases],
             "step": state.step,
             "max_steps": self._phase_config(state.phase).max_steps,
@@ -424,6 +433,29 @@ class Loop:
 
 
 Build = Callable[[Any, Precision], Run]
+_ROOM = 0.9  # of the free memory, for a batch size of "auto": the rest is what lies between blocks
+
+
+def _script(build: Build) -> str:
+    """The file in which a stage is written."""
+    return build.__code__.co_filename
+
+
+def _settled(config: Any, build: Build, precision: Precision, fresh: bool) -> Any:
+    """The configuration with a number where a batch size is "auto": the same one on all ranks."""
+    kind, room = precision.device.type, int(_ROOM * free_memory(precision.device))
+    room = min(ranks.gather("free memory", room))
+    many = ranks.size()
+    return ranks.by_first(lambda: settle_batch_sizes(config, _script(build), kind, room, many, fresh))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a CPU torch says so in words alone."""
+    return (
+        not isinstance(error, RuntimeError)
+        or isinstance(error, torch.OutOfMemoryError)
+        or ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+    )
 
 
 def run_stage(config_class: type[StageConfig], build: Build, arguments: Sequence[str] | None = None) -> int:
@@ -440,9 +472,19 @@ def run_stage(config_class: type[StageConfig], build: Build, arguments: Sequence
             ranks.together(precision.device, config.run.rank_timeout),
             contextlib.nullcontext() if ranks.rank() else claim_folder(config.save_dir),
         ):
+            config = _settled(config, build, precision, fresh)
             seed_everything(config.run.seed)
             run = build(config, precision)
             run.model.to(precision.device)
-            Loop(run, config, precision, fresh).train()
+            loop = Loop(run, config, precision, fresh)
+            try:
+                loop.train()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                why, phase = str(error).partition(".")[0] or "no memory was left", loop.phase_name
+                standing = loop.folder.standing()
+                del loop, run, error  # the plan needs some memory as well
+                raise out_of_memory(config, _script(build), phase, precision.device.type, why, standing) from None
 
     return user_errors(ranks.one_voice(main))

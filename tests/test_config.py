@@ -217,7 +217,7 @@ def test_shipped_configuration_loads(path: Path) -> None:
     assert load_config(config_class(stage), path, overrides).run.seed == 3
 
 
-@pytest.mark.parametrize("size", ["nano"])
+@pytest.mark.parametrize("size", ["nano", "micro", "tiny", "base"])
 def test_every_stage_has_a_configuration(size: str) -> None:
     for stage in STAGES:
         assert (ROOT / stage.config_path(size)).exists(), stage.config_path(size)

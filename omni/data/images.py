@@ -27,7 +27,7 @@ from omni.tokenizer import Tokenizer, plain_text
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is asked for as soon as the header is read
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO")  # no EPS: opening one would run Ghostscript
-_CACHE_BYTES = 2**30  # of decoded pictures kept in memory: 87,000 of 64 x 64
+CACHE_BYTES = 2**30  # of decoded pictures kept in memory: 87,000 of 64 x 64
 
 
 def load_image(
@@ -166,7 +166,7 @@ class Pictures:
 
     def __init__(self, rows: Sequence[Row], size: int, rules: DataConfig = RULES) -> None:
         self.rows, self.size, self.max_pixels, self.left_out = list(rows), size, rules.max_pixels, 0
-        kept = min(len(self.rows), _CACHE_BYTES // (3 * size * size))
+        kept = min(len(self.rows), CACHE_BYTES // (3 * size * size))
         if kept < len(self.rows):
             log.info("%d of %d pictures are kept in memory, the others decoded when needed", kept, len(self.rows))
         self._pixels = np.empty((kept, 3, size, size), dtype=np.uint8)

@@ -20,7 +20,7 @@ from omni.parallel import map_small
 from omni.runtime import log
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
-_CACHE_BYTES = 2 * 2**30  # log-mel frames kept in memory, as fp16: about 37 hours
+CACHE_BYTES = 2 * 2**30  # log-mel frames kept in memory, as fp16: about 37 hours
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Recordings:
         self, rows: Sequence[Row], mel: MelConfig, rules: DataConfig = RULES, name: str = "", decode: bool = True
     ) -> None:
         self.mel = mel
-        self._room = _CACHE_BYTES // (2 * mel.num_mels)  # frames that may still be kept
+        self._room = CACHE_BYTES // (2 * mel.num_mels)  # frames that may still be kept
         found = self._read_all(rows, rules, decode)
         problems = [item for item in found if isinstance(item, str)]
         settle(problems, len(problems), len(rows), rules, name or (manifest_of(rows[0]) if rows else ""))

@@ -71,7 +71,13 @@ _TINY = Size(
     image_speech_qa=3_500, picture_recordings=1_000, asr=4_000, text_qa=25_000, text_chat=4_000, speech_out=1_500,
     chats_test=500, spoken_test=400, heldout_words=150, judge=8_000,
 )  # fmt: skip
-SIZES = {"test": _TEST, "nano": _NANO, "micro": _MICRO, "tiny": _TINY}
+_BASE = Size(
+    text_bytes=100_000_000, images=150_000, images_test=500, tts_train=20_000, tts_voices=24, tts_free=2,
+    asr_free=20_000, asr_grammar=8_000, asr_test=600, tts_test=300, image_chats=40_000, captions=8_000,
+    speech_qa=16_000, image_speech_qa=8_000, picture_recordings=2_000, asr=10_000, text_qa=60_000, text_chat=10_000,
+    speech_out=4_000, chats_test=500, spoken_test=400, heldout_words=150, judge=8_000,
+)  # fmt: skip
+SIZES = {"test": _TEST, "nano": _NANO, "micro": _MICRO, "tiny": _TINY, "base": _BASE}
 
 
 @dataclass

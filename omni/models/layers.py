@@ -6,14 +6,31 @@ a Thinker's weights load into the stock Hugging Face class.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+_kernels: list[str] = []  # the kind of device that operations are chosen for, where it is not the tensor's own
 _PLAIN_LIMIT = 384 * 384  # scores a head; from 512 x 512 on the fused kernel is as fast and needs less memory
+
+
+@contextlib.contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Compute by the operations that are used on this kind of device: what one needs can be counted on another."""
+    _kernels.append(device)
+    try:
+        yield
+    finally:
+        _kernels.pop()
+
+
+def _as_on_cpu(x: torch.Tensor) -> bool:
+    return (_kernels[-1] if _kernels else x.device.type) == "cpu"
 
 
 def check_finite(x: torch.Tensor, name: str) -> None:
@@ -78,9 +95,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if _as_on_cpu(x) and not torch.is_grad_enabled():
             return _rms_norm(x, self.weight, self.eps)[0]  # at a step of decoding an autograd function costs as much
-        if x.device.type == "cpu":
+        if _as_on_cpu(x):
             normed: torch.Tensor = _CPUNorm.apply(x, self.weight, self.eps)
             return normed
         # under autocast an fp32 weight beside a bf16 input leaves the fused path
@@ -143,7 +160,7 @@ def attend(
         causal: whether query t sees keys 0 to t alone; then ``mask`` is None.
     """
     groups, T, S = q_BHTd.shape[1] // k_BHSd.shape[1], q_BHTd.shape[2], k_BHSd.shape[2]
-    if q_BHTd.device.type != "cpu" or q_BHTd.dtype != torch.bfloat16 or T == 1 or T * S > _PLAIN_LIMIT:
+    if not _as_on_cpu(q_BHTd) or q_BHTd.dtype != torch.bfloat16 or T == 1 or T * S > _PLAIN_LIMIT:
         return F.scaled_dot_product_attention(
             q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1
         )
@@ -222,7 +239,7 @@ class TimeConv(nn.Conv1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, T', D'], padded with zeros as configured."""
-        if self.groups > 1 and input.device.type == "cpu" and self.in_channels < 64 * torch.get_num_threads():
+        if self.groups > 1 and _as_on_cpu(input) and self.in_channels < 64 * torch.get_num_threads():
             with torch.autocast("cpu", enabled=False):
                 return self._convolve(input.float()).to(input.dtype)
         return self._convolve(input)
@@ -239,7 +256,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """``F.dropout``; on the CPU from 16 random bits a number (``p`` is rounded to 1/65536), which takes a third."""
     if not training or p == 0:
         return x
-    if x.device.type != "cpu":
+    if not _as_on_cpu(x):
         return F.dropout(x, p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)

@@ -1,0 +1,98 @@
+"""The benchmark measures what it says, in small; no figure of speed is held to anything here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import bare
+from bench.__main__ import table
+from bench.measure import Timed, matmul_peak, measure_stage, padding, request_of
+from omni.data.text import TextBatch
+from omni.rehearsal import rehearsal
+from omni.runtime import Precision
+from omni.stand_ins import Wanted
+from omni.tokenizer import IGNORE
+from tests.chaos.small_stages import write_config
+
+FP32 = Precision(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A small stage A whose data are not there."""
+    path = write_config("A", tmp_path / "nowhere", tmp_path, tmp_path)
+    values = json.loads(path.read_text())
+    values["name"] = "thinker_small"
+    values["train"]["gradient_accumulation_steps"] = 2
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_stage_is_measured(config: Path) -> None:
+    peak = matmul_peak(FP32, 0.05)
+    (found,) = measure_stage(config, FP32, 0.2, peak, num=8)
+    assert found["steps"] >= 5 and found["throughput"] > 0
+    # a product of this size cannot be faster than a large one, and something of a step is waiting
+    assert 0 < found["mfu"] < 1 and 0 < found["waiting"] < 1 and 0 <= found["padding"] < 0.5
+    text = table({"machine": {"device": "a", "torch": "b"}, "stages": [found], "peers": [], "memory": []})
+    assert "thinker_small" not in text and f"| {config.stem}, train | 2 x 2 |" in text
+
+
+def test_the_bare_step_does_what_the_loop_does(config: Path) -> None:
+    weights = []
+    for bare_step in (False, True):
+        with rehearsal(request_of(config), FP32, lambda phase: phase, Wanted(8, longest=False), Timed) as loop:
+            assert isinstance(loop, Timed)
+            for name in loop.phases():
+                loop.begin(name)
+                loop._set_lr(0)
+                loop._train_mode()
+                batches, _ = loop._fetch()
+                torch.manual_seed(0)  # of dropout
+                loop.bare() if bare_step else loop._update(batches)
+                weights.append([item.detach().clone() for item in loop.parameters])
+    moved = [float((a - b).abs().max()) for a, b in zip(*weights, strict=True)]
+    # the loop divides by the targets of both micro-batches, which have nearly as many
+    assert max(moved) < 0.01
+
+
+def test_padding_is_counted() -> None:
+    labels = torch.tensor([[5, 6, IGNORE, IGNORE], [1, 2, 3, IGNORE]])
+    batch = TextBatch({"tokens": 5}, labels, labels, labels > 0, torch.zeros_like(labels))
+    assert padding(batch) == (3, 8)
+    assert padding(object()) == (0, 0)
+
+
+def test_without_the_usual_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bare.importlib.util.find_spec
+    monkeypatch.setattr(bare.importlib.util, "find_spec", lambda name: None if name == "jiwer" else real(name))
+    monkeypatch.setitem(sys.modules, "jiwer", sys.modules["jiwer"])
+    assert bare.fill_in() == ["jiwer"]
+    stand_in: Any = sys.modules["jiwer"]
+    with pytest.raises(ModuleNotFoundError, match="jiwer is not installed"):
+        stand_in.process_words("a", "b")
+    files, wave = bare._wav_files(), 0.5 * np.sin(np.arange(1600) / 9)
+    files.write(tmp_path / "a.wav", wave, 16000)
+    with files.SoundFile(str(tmp_path / "a.wav")) as file:
+        assert (file.samplerate, file.frames, file.format) == (16000, 1600, "WAV")
+        np.testing.assert_allclose(file.read()[:, 0], wave, atol=1e-4)
+
+
+def test_peers_have_the_stage_s_shape(config: Path) -> None:
+    pytest.importorskip("transformers")
+    from bench.peers import measure_peer
+
+    with rehearsal(request_of(config), FP32, lambda phase: phase, Wanted(8, longest=False), Timed) as loop:
+        assert isinstance(loop, Timed)
+        for name in loop.phases():
+            loop.begin(name)
+            found = measure_peer(loop, 0.1)
+    assert found["parameters"] == found["our_parameters"]  # the Thinker's layout is Qwen3's
+    assert found["ratio"] > 0
