@@ -23,7 +23,7 @@ LAYERS = {
         "data.manifest", "models.attention_heads", "models.audio_encoder", "models.vision_encoder", "models.quantizer",
         "models.projector", "models.lora", "models.vocoder", "models.speaker"),
     3: ("save_folder", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech", "data.images"),
-    4: ("training_utils", "losses", "generate_codes", "thinker_states", "models.speech", "data.voices",
+    4: ("training_utils", "losses", "decoding", "generate_codes", "thinker_states", "models.speech", "data.voices",
         "data.synthetic", "data.dialogue"),
     5: ("models.omni", "generate_speech", "data.leaks", "data.mixture"),
     6: ("streaming", "data.parts", "data.check", "load", "features", "alignment"),
