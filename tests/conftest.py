@@ -15,6 +15,9 @@ import pytest
 import soundfile
 import torch
 
+from omni.config import StageConfig
+from omni.training_utils import Build, run_stage
+
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the models of the tests are too small for two
@@ -32,6 +35,26 @@ def command(*words: str | Path, cwd: Path = ROOT, **options: Any) -> subprocess.
         timeout=280,
         **options,
     )
+
+
+Done = subprocess.CompletedProcess[str]
+RunStage = Callable[..., Done]
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> RunStage:
+    """A stage's script in this process, and what it said: starting another takes seconds of importing."""
+
+    def run(config_class: type[StageConfig], build: Build, *words: str | Path) -> Done:
+        capsys.readouterr()
+        try:
+            code = run_stage(config_class, build, [*map(str, words)])
+        except SystemExit as left:  # --help
+            code = int(left.code or 0)
+        said = capsys.readouterr()
+        return Done(words, code, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")
