@@ -228,7 +228,9 @@ def draft(words: argparse.Namespace, device: torch.device) -> None:
     prompts.sort(key=lambda prompt: len(prompt.tokens))
     settings = AnswerSettings(words.max_tokens, Sampling(words.temperature, seed=1))
     sizes = [sum(weight.numel() for weight in part.parameters()) for part in (model.thinker, smaller)]
-    print(f"{len(chats)} chats, Thinker of {sizes[0] / 1e6:.2f} M parameters, draft of {sizes[1] / 1e6:.2f} M, {device}")
+    print(
+        f"{len(chats)} chats, Thinker of {sizes[0] / 1e6:.2f} M parameters, draft of {sizes[1] / 1e6:.2f} M, {device}"
+    )
 
     def answers(guesses: int) -> list[Generation]:
         guessing = Draft(smaller, guesses) if guesses else None
@@ -245,7 +247,9 @@ def draft(words: argparse.Namespace, device: torch.device) -> None:
     plain = answers(0)
     said = [answer.tokens for generation in plain for answer in generation.answers]
     passes = sum(generation.tally.passes for generation in plain)
-    print(f"batch {words.batch}: {sum(map(len, said)) / len(said):.1f} tokens an answer, {passes} passes without a draft")
+    print(
+        f"batch {words.batch}: {sum(map(len, said)) / len(said):.1f} tokens an answer, {passes} passes without a draft"
+    )
     for guesses in words.guesses:
         found = answers(guesses)
         same = [answer.tokens for generation in found for answer in generation.answers] == said

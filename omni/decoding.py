@@ -67,14 +67,13 @@ class Rows:
     """
 
     def __init__(self, thinker: Thinker, prompts: Prompts, states_of: Sequence[int] = ()) -> None:
-        B, T = prompts.valid_BT.shape
         self.thinker = thinker
         self._cache = KVCache(thinker.config.num_layers)
         self._states = {layer: Growing(1) for layer in states_of}
         self._valid_BS = prompts.valid_BT[:, :0]
         # without padding and gaps positions and mask are what they are anyway
         self._has_gaps = not bool(prompts.valid_BT.all())
-        self._next_B1 = torch.zeros(B, 1, dtype=torch.long, device=prompts.valid_BT.device)
+        self._next_B1 = torch.zeros_like(prompts.valid_BT[:, :1], dtype=torch.long)
         self.final_BTD = self._read(prompts.embeddings_BTD, prompts.valid_BT)
 
     def read(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -258,9 +257,7 @@ class Decoding:
 
     def _choose(self, logits_BNV: torch.Tensor, numbers_BN: torch.Tensor | None) -> torch.Tensor:
         """A token [B, N] for each position."""
-        chosen = choose(
-            logits_BNV.flatten(0, 1), self._sampling, None if numbers_BN is None else numbers_BN.flatten()
-        )
+        chosen = choose(logits_BNV.flatten(0, 1), self._sampling, None if numbers_BN is None else numbers_BN.flatten())
         return chosen.view(logits_BNV.shape[:2])
 
     @staticmethod

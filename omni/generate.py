@@ -115,7 +115,7 @@ class Generation:
             answer.states = decoding.states(row, len(self._prompts[row].tokens) + len(answer.tokens))
 
     def _add(self, row: int, tokens: list[int], text: AnswerText, ends: frozenset[int]) -> str:
-        """Add the next tokens of a row to its answer, as far as it goes; returns the piece of text they make certain."""
+        """Add the next tokens of a row to its answer, as far as it goes; returns the text that they make certain."""
         answer, piece = self.answers[row], ""
         for token in tokens:
             if token in ends:

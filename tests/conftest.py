@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here, and in every process that is started from here
+
 import numpy as np
 import pytest
 import soundfile
@@ -25,11 +27,9 @@ torch.set_num_threads(1)  # the models of the tests are too small for two
 
 def command(*words: str | Path, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words and return what it said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=280,

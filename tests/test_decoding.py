@@ -89,7 +89,7 @@ def test_a_draft_changes_nothing_that_is_said(toy: Toy, name: str, sampling: Sam
 
 
 def test_a_draft_that_agrees_saves_passes(toy: Toy) -> None:
-    """Of a text prompt the Thinker itself is a draft that is always right: nine tokens by two passes after the first."""
+    """Of a text prompt the Thinker itself is a draft that is always right: nine tokens by two passes."""
     for sampling in (Sampling(), DRAWN):
         found = written(toy, AnswerSettings(9, sampling), Draft(toy[0].thinker, 3), slice(0, 1))
         assert len(found.answers[0].tokens) == 9
@@ -170,7 +170,9 @@ def test_what_is_taken_back_was_never_read(toy: Toy) -> None:
     tokens = torch.randint(40, 360, (3, 30), generator=generator)
     sizes, kept = [9, 4, 7], [[3, 0, 2], [1, 1, 4]]
     valid_BT = torch.arange(9)[None] >= 9 - torch.tensor(sizes)[:, None]
-    prompt_BT = torch.stack([torch.cat([torch.zeros(9 - n, dtype=torch.long), t[:n]]) for n, t in zip(sizes, tokens)])
+    prompt_BT = torch.zeros(3, 9, dtype=torch.long)
+    for row, size in enumerate(sizes):
+        prompt_BT[row, 9 - size :] = tokens[row, :size]
     rows = Rows(thinker, Prompts(thinker.embed(prompt_BT).detach(), valid_BT), states_of=(1, 3))
     said = [tokens[row, :size].tolist() for row, size in enumerate(sizes)]
     for step, counts in enumerate(kept):
@@ -184,13 +186,19 @@ def test_what_is_taken_back_was_never_read(toy: Toy) -> None:
         with torch.no_grad():
             x = thinker.embed(torch.tensor([[*text, *tokens[row, 28:].tolist()]]))
             alone = thinker(x, states_of=(1, 3))
-        torch.testing.assert_close(logits_B2V[row], thinker.logits(alone.final_BTD[0, -2:]).detach(), atol=3e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            logits_B2V[row], thinker.logits(alone.final_BTD[0, -2:]).detach(), atol=3e-5, rtol=1e-4
+        )
         for layer, states_TD in rows.states(row, len(text) + 2).items():
             torch.testing.assert_close(states_TD, alone.hidden_states[layer][0], atol=3e-5, rtol=1e-4)
 
 
 def test_memory_grows_and_is_cut() -> None:
-    pieces, cache, whole = [torch.randn(2, 3, size, 4) for size in (5, 1, 70, 1, 200, 3)], KVCache(1), torch.empty(2, 3, 0, 4)
+    pieces, cache, whole = (
+        [torch.randn(2, 3, size, 4) for size in (5, 1, 70, 1, 200, 3)],
+        KVCache(1),
+        torch.empty(2, 3, 0, 4),
+    )
     for piece in pieces:
         keys, values = cache.extend(0, piece, -piece)
         whole = torch.cat([whole, piece], dim=2)

@@ -19,9 +19,9 @@ from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_
 from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
 from omni.tokenizer import needed_steps
-from tests.conftest import ROOT, RunStage, command, metrics
+from tests.conftest import RunStage, metrics
+from tests.forked import start_module
 
-SCRIPT = ROOT / "train_audio_enc.py"
 STAGE = train_audio_enc.AudioConfig, train_audio_enc.build
 Write = Callable[[dict[str, Any]], Path]
 
@@ -41,8 +41,8 @@ def test_trains_resumes_and_can_be_loaded(
     babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
 ) -> None:
     path = write_config(config(babble / "asr.csv", tmp_path / "run"))
-    done = command(SCRIPT, "--config", path)
-    assert done.returncode == 0, done.stderr
+    done = start_module("train_audio_enc", "--config", path, log=tmp_path / "said.txt")
+    assert done.wait() == 0, done.log.read_text()
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
     encoder = load_audio_encoder(tmp_path / "run" / "audio_enc.pt")
