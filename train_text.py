@@ -14,15 +14,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from omni import checkpoint
 from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
 from omni.data.leaks import part_of_text, refuse_leaks
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import TextBatch, learn_tokenizer, packed, read_text, split_text, tokenize
 from omni.evaluate.thinker import TextLikelihood
 from omni.lineage import data_fingerprint
+from omni.load import load_tokenizer
 from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.runtime import Precision
@@ -34,7 +37,7 @@ class TextData(SplitDataConfig):
     """Where the text is."""
 
     test: str | None = None  # for `omni eval`; by default the validation text
-    vocab_size: int = 1024  # of the tokenizer; fewer on a small corpus
+    vocab_size: int = 1024  # of the tokenizer that is learned; fewer on a small corpus
     separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
 
@@ -46,6 +49,7 @@ class TextConfig(StageConfig):
     model: ThinkerConfig
     train: PhaseConfig
     answer_weight: float = 0.0  # of the assistant's tokens alone, beside the loss of all tokens; for text with chats
+    thinker_ckpt: str | None = None  # whose tokenizer is taken instead of learning one: this one shall be its draft
 
 
 def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
@@ -61,7 +65,12 @@ def build(config: TextConfig, precision: Precision) -> Run:
     texts = [read_text(path, config.data) for path in sources.values()]
     train_text, val_text = texts if config.data.val else split_text(texts[0], config.data.val_split)
     refuse_leaks(part_of_text(train_text, "training"), part_of_text(val_text, "validation"), config.data)
-    tokenizer = learn_tokenizer(train_text, config.data.vocab_size, config.save_dir / "cache")
+    larger = {}
+    if config.thinker_ckpt is None:
+        tokenizer = learn_tokenizer(train_text, config.data.vocab_size, config.save_dir / "cache")
+    else:
+        tokenizer = load_tokenizer(config.thinker_ckpt)
+        larger = {"thinker": checkpoint.fingerprint(Path(config.thinker_ckpt))}
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     thinker = Thinker(model_config)
 
@@ -91,6 +100,7 @@ def build(config: TextConfig, precision: Precision) -> Run:
         lineage={
             "tokenizer": tokenizer.hash,
             "data": {part: data_fingerprint(path) for part, path in sources.items()},
+            **larger,
         },
     )
 

@@ -26,10 +26,10 @@ from omni.data.images import Captioned, ImageBatch, scan_image_manifest
 from omni.data.parts import read_parts
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.vision import match_rows
+from omni.load import load_tokenizer
 from omni.losses import contrastive_loss_sum, pairs_of_all_ranks
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 from omni.runtime import Precision
-from omni.tokenizer import Tokenizer
 from omni.training_utils import Run, Stage, run_stage
 
 
@@ -69,10 +69,7 @@ def loss(encoder: VisionEncoder, batch: ImageBatch) -> dict[str, torch.Tensor]:
 def build(config: VisionStageConfig, precision: Precision) -> Run:
     """The encoder and its one phase."""
     parts = read_parts(scan_image_manifest, "image", "caption", config.data)
-    thinker, _ = checkpoint.load_input(
-        config.thinker_ckpt, "thinker", "python train_text.py --config configs/thinker_nano.json"
-    )
-    tokenizer = Tokenizer(checkpoint.as_bytes(thinker["assets"]["tokenizer.model"]))
+    tokenizer = load_tokenizer(config.thinker_ckpt)
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     encoder = VisionEncoder(model_config)
     weights = {"images": 1.0, "tokens": config.caption_weight}

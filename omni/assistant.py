@@ -18,11 +18,12 @@ from omni.audio import load_audio, log_mel, standard_level
 from omni.config import DataConfig, RunConfig, UserError
 from omni.data.dialogue import ChatEncoder, Encoded, Message, TooLongError
 from omni.data.images import load_image
+from omni.decoding import Draft
 from omni.evaluate.audio_enc import transcribe
 from omni.features import encode_frames, encode_pixels
 from omni.generate import AnswerSettings, Generation
 from omni.generate_speech import Mind, embed_speakers, speak
-from omni.load import load_omni
+from omni.load import load_draft, load_omni
 from omni.models.omni import OmniModel
 from omni.prompt_pieces import PromptPiece, prompt_pieces
 from omni.runtime import setup_compute
@@ -152,25 +153,29 @@ class Assistant:
         model: in evaluation mode.
         tokenizer: its own.
         name: what it is called.
+        draft: guesses ahead for it, which makes answers come sooner or later, and changes none.
     """
 
-    def __init__(self, model: OmniModel, tokenizer: Tokenizer, name: str) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(self, model: OmniModel, tokenizer: Tokenizer, name: str, draft: Draft | None = None) -> None:
+        self.model, self.tokenizer, self.name, self.draft = model, tokenizer, name, draft
         speech = model.speech.config
         self.voices, self.sample_rate = speech.voices, speech.mel.sample_rate
         self.streams_speech = speech.vocoder_kind == "istft"
         self.ctx_len = model.thinker.config.ctx_len
 
     @classmethod
-    def load(cls, checkpoint: Path, device: str = "auto") -> Assistant:
-        """The assistant of an ``omni.pt``, named after its run.
+    def load(cls, checkpoint: Path, device: str = "auto", draft: Path | None = None) -> Assistant:
+        """The assistant of an ``omni.pt``, named after its run; with the ``thinker.pt`` of a draft, it guesses ahead.
 
         Raises:
-            UserError: when the file is missing, damaged or another stage's, or there is no such device.
+            UserError: when a file is missing, damaged or another stage's, the draft does not fit to the model, or there
+                is no such device.
         """
         precision = setup_compute(RunConfig(device=device))
         model, tokenizer = load_omni(checkpoint)
-        return cls(model.to(precision.device), tokenizer, str(read_summary(checkpoint)["config"]["name"]))
+        model = model.to(precision.device)
+        smaller = Draft(load_draft(draft, model.thinker, tokenizer)) if draft is not None else None
+        return cls(model, tokenizer, str(read_summary(checkpoint)["config"]["name"]), smaller)
 
     @property
     def seconds_heard(self) -> float:
@@ -222,7 +227,7 @@ class Assistant:
 
     def answer(self, prompt: Encoded, media: Media, settings: AnswerSettings) -> Generation:
         """The answer to a prompt, while it is written (:class:`omni.generate.Generation` of one row)."""
-        return Generation(self.model, self.tokenizer, [prompt], media, settings)
+        return Generation(self.model, self.tokenizer, [prompt], media, settings, self.draft)
 
     def check_voice(self, name: str | None) -> None:
         """Raises UserError when there is no such voice, or none at all."""

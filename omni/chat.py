@@ -267,13 +267,14 @@ def _path(words: str, command: str) -> Path:
         return Path(words)
 
 
-def chat(checkpoint: Path, settings: ChatSettings, device: str) -> int:
-    """Talk in the terminal; returns the exit code.
+def chat(checkpoint: Path, settings: ChatSettings, device: str, draft: Path | None = None) -> int:
+    """Talk in the terminal, with a draft that guesses ahead where one is given; returns the exit code.
 
     Raises:
-        UserError: when the checkpoint is missing, damaged or another stage's, or there is no such voice.
+        UserError: when a checkpoint is missing, damaged or another stage's, the draft does not fit to it, or there is
+            no such voice.
     """
-    assistant = Assistant.load(checkpoint, device)
+    assistant = Assistant.load(checkpoint, device, draft)
     if sys.stdin.isatty():
         import readline  # noqa: F401 - line editing and history
 

@@ -16,7 +16,7 @@ from omni.config import UserError
 from omni.console import user_errors
 from omni.evaluate.suite import NAMES
 from omni.page import plain_section
-from omni.stages import STAGES, stage_of
+from omni.stages import DRAFT, STAGES, stage_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,6 +157,15 @@ def _add_omni(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", default="nano", help="whose omni.pt: that of configs/omni_sft_<size>.json (nano)")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="an omni.pt instead")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument(
+        "--draft", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="guess ahead with a smaller Thinker: a thinker.pt, or without FILE that of configs/draft_<size>.json",
+    )  # fmt: skip
+
+
+def _draft(words: argparse.Namespace) -> Path | None:
+    """The draft that was asked for; the empty path stands for that of the size."""
+    return DRAFT.checkpoint(words.size) if words.draft == Path() else words.draft
 
 
 def _add_sampling(command: argparse.ArgumentParser, what: str) -> None:
@@ -276,7 +285,7 @@ def _chat(words: argparse.Namespace) -> int:
     sampling = Sampling(words.temperature, words.top_k, words.top_p, words.seed)
     voice = Voice(words.voice, speed=words.speed)
     settings = ChatSettings(AnswerSettings(words.max_tokens, sampling), voice, words.speak, words.out)
-    return chat(words.checkpoint or stage_of("omni").checkpoint(words.size), settings, words.device)
+    return chat(words.checkpoint or stage_of("omni").checkpoint(words.size), settings, words.device, _draft(words))
 
 
 def _serve(words: argparse.Namespace) -> int:
@@ -290,7 +299,7 @@ def _serve(words: argparse.Namespace) -> int:
         ) from None
     checkpoint = words.checkpoint or stage_of("omni").checkpoint(words.size)
     token = os.environ.get("OMNI_TOKEN", "") if words.token is None else words.token
-    return serve(checkpoint, words.host, words.port, token, words.device)
+    return serve(checkpoint, words.host, words.port, token, words.device, _draft(words))
 
 
 def _check_numbers(words: argparse.Namespace) -> None:

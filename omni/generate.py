@@ -1,4 +1,4 @@
-"""Answers, token by token: batched decoding with a KV cache, greedy or sampled, to text and hidden states."""
+"""Answers, piece by piece: batched decoding, greedy or sampled, to text and hidden states."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 from omni.answer_text import AnswerText
 from omni.data.dialogue import ChatBatch, Encoded, collate_chats
-from omni.models.layers import KVCache
+from omni.decoding import Decoding, Draft, Prompts, Tally
 from omni.models.omni import OmniModel
-from omni.models.thinker import Thinker
-from omni.sampling import GREEDY, Chances, Sampling, choose
-from omni.tokenizer import Tokenizer
+from omni.sampling import GREEDY, Sampling
+from omni.tokenizer import AUDIO, IMAGE, Tokenizer
 
 
 class Features(Protocol):
@@ -61,84 +60,6 @@ class Answer:
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class Decoding:
-    """Tokens of several rows, step by step, with a KV cache.
-
-    Args:
-        thinker: the Thinker.
-        embeddings_BTD: prompts, padded on the left.
-        valid_BT: False at padding; padding is neither attended to nor counted in positions.
-        sampling: how tokens are drawn; a row draws what it would draw alone.
-        states_of: layers whose states are kept.
-
-    Attributes:
-        ended_B: rows that have ended, as whoever iterates says; they go on yielding ``end_id``.
-        states: of each layer asked for, the pieces [B, T, D] read so far, padding included.
-    """
-
-    def __init__(
-        self,
-        thinker: Thinker,
-        embeddings_BTD: torch.Tensor,
-        valid_BT: torch.Tensor,
-        sampling: Sampling = GREEDY,
-        states_of: Sequence[int] = (),
-    ) -> None:
-        B, T, _ = embeddings_BTD.shape
-        self.thinker, self.sampling, self.states_of = thinker, sampling, states_of
-        self.ended_B = torch.zeros(B, dtype=torch.bool, device=embeddings_BTD.device)
-        self.states: dict[int, list[torch.Tensor]] = {layer: [] for layer in states_of}
-        self._room = thinker.config.ctx_len - T
-        self._chances = Chances(sampling, [0] * B)
-        self._cache = KVCache(thinker.config.num_layers)
-        self._valid_BT = valid_BT
-        # without padding positions and mask are what they are anyway
-        self._padded = not bool(valid_BT.all())
-        positions_BT = (valid_BT.cumsum(1) - 1).clamp(min=0)
-        self._next_B1 = positions_BT[:, -1:] + 1
-        mask = None
-        if self._padded:
-            # a padding query attends to itself, so that no row of the softmax is empty
-            triangle = torch.ones(T, T, dtype=torch.bool, device=embeddings_BTD.device).tril()
-            mask = (triangle & valid_BT[:, None, :]) | torch.eye(T, dtype=torch.bool, device=triangle.device)
-            mask = mask[:, None]
-        self._final_BD = self._read(embeddings_BTD, positions_BT, mask)
-
-    def tokens(self, end_id: int, max_new_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield the next token of every row, [B], until all have ended or there is no room left."""
-        num_tokens = min(max_new_tokens, self._room)
-        for number in range(1, num_tokens + 1):
-            with torch.no_grad():
-                logits_BV = self.thinker.logits(self._final_BD)
-            token_B = choose(logits_BV, self.sampling, self._chances.next(len(self.ended_B)))
-            token_B = torch.where(self.ended_B, torch.full_like(token_B, end_id), token_B)
-            self.ended_B = self.ended_B | (token_B == end_id)
-            yield token_B
-            last = number == num_tokens or bool(self.ended_B.all())
-            if not last or self.states_of:
-                self._final_BD = self._read_tokens(token_B)
-            if last:
-                return
-
-    @torch.no_grad()
-    def _read_tokens(self, token_B: torch.Tensor) -> torch.Tensor:
-        mask = None
-        if self._padded:
-            self._valid_BT = torch.nn.functional.pad(self._valid_BT, (0, 1), value=True)
-            mask = self._valid_BT[:, None, None, :]
-        final_BD = self._read(self.thinker.embed(token_B[:, None]), self._next_B1, mask)
-        self._next_B1 = self._next_B1 + 1
-        return final_BD
-
-    @torch.no_grad()
-    def _read(self, x_BTD: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Final states [B, D] at the last of new positions."""
-        output = self.thinker(x_BTD, positions_BT, mask, self._cache, self.states_of)
-        for layer, states_BTD in output.hidden_states.items():
-            self.states[layer].append(states_BTD)
-        return output.final_BTD[:, -1]
-
-
 class Generation:
     """Answers to a batch of prompts while they are written.
 
@@ -151,6 +72,7 @@ class Generation:
         prompts: from :meth:`omni.data.dialogue.ChatEncoder.prompt`.
         features: of their pictures and recordings.
         settings: how to decode.
+        draft: a smaller Thinker that guesses ahead; it changes the speed, and nothing else.
     """
 
     def __init__(
@@ -160,45 +82,52 @@ class Generation:
         prompts: Sequence[Encoded],
         features: Features,
         settings: AnswerSettings,
+        draft: Draft | None = None,
     ) -> None:
         self.answers: list[Answer] = []
         self._tokenizer, self._settings, self._prompts = tokenizer, settings, prompts
         batch = collate_chats(prompts, features.image, features.audio, tokenizer.pad_id, left=True)
         batch = batch.to(model.thinker.embed_tokens.weight.device)
         self._decoding = Decoding(
-            model.thinker, embed_batch(model, batch), batch.valid_BT, settings.sampling, settings.states_of
+            model.thinker,
+            Prompts(embed_batch(model, batch), batch.valid_BT),
+            settings.sampling,
+            settings.states_of,
+            draft,
+            draft_prompts(draft, tokenizer, prompts) if draft is not None else None,
         )
+
+    @property
+    def tally(self) -> Tally:
+        """How many passes it took, and what became of the draft's guesses."""
+        return self._decoding.tally
 
     def __iter__(self) -> Iterator[list[str]]:
         tokenizer, decoding = self._tokenizer, self._decoding
         ends = frozenset(tokenizer.special.values())  # any mark of the template ends a turn
         texts = [AnswerText(tokenizer, self._settings.stop) for _ in self._prompts]
         self.answers = [Answer([], "", "length") for _ in texts]
-        for token_B in decoding.tokens(tokenizer.end_id, self._settings.max_new_tokens):
-            pieces = [""] * len(texts)
-            for row, token in enumerate(token_B.tolist()):
-                answer, text = self.answers[row], texts[row]
-                if answer.finish != "length":
-                    continue
-                if token in ends:
-                    answer.finish = "end"
-                    continue
-                answer.tokens.append(token)
-                pieces[row] = text.push(token)
-                answer.finish = "stop" if text.stopped else "length"
-            done = [answer.finish != "length" for answer in self.answers]
-            decoding.ended_B = torch.tensor(done, device=token_B.device)
-            yield pieces
+        for runs in decoding.runs(self._settings.max_new_tokens):
+            yield [self._add(row, tokens, texts[row], ends) for row, tokens in enumerate(runs)]
         yield [text.end() for text in texts]
         for row, (answer, text) in enumerate(zip(self.answers, texts, strict=True)):
-            answer.text, answer.states = text.text, self._states(row, len(answer.tokens))
+            answer.text = text.text
+            answer.states = decoding.states(row, len(self._prompts[row].tokens) + len(answer.tokens))
 
-    def _states(self, row: int, num_tokens: int) -> dict[int, torch.Tensor]:
-        """States [T, D] of a row's prompt and answer, without padding."""
-        size, states = len(self._prompts[row].tokens), self._decoding.states
-        longest = max(len(prompt.tokens) for prompt in self._prompts)
-        rows = {layer: torch.cat([piece[row] for piece in pieces]) for layer, pieces in states.items()}
-        return {layer: states_TD[longest - size : longest + num_tokens] for layer, states_TD in rows.items()}
+    def _add(self, row: int, tokens: list[int], text: AnswerText, ends: frozenset[int]) -> str:
+        """Add the next tokens of a row to its answer, as far as it goes; returns the text that they make certain."""
+        answer, piece = self.answers[row], ""
+        for token in tokens:
+            if token in ends:
+                answer.finish = "end"
+            else:
+                answer.tokens.append(token)
+                piece += text.push(token)
+                answer.finish = "stop" if text.stopped else "length"
+            if answer.finish != "length":
+                self._decoding.ended_B[row] = True
+                break
+        return piece
 
 
 def generate(
@@ -208,13 +137,14 @@ def generate(
     features: Features,
     settings: AnswerSettings,
     batch_size: int = 64,
+    draft: Draft | None = None,
 ) -> list[Answer]:
     """Answers to encoded prompts (:meth:`omni.data.dialogue.ChatEncoder.prompt`), batched by length."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].tokens))
     found: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        generation = Generation(model, tokenizer, [prompts[row] for row in rows], features, settings)
+        generation = Generation(model, tokenizer, [prompts[row] for row in rows], features, settings, draft)
         for _ in generation:
             pass
         found |= zip(rows, generation.answers, strict=True)
@@ -226,3 +156,17 @@ def embed_batch(model: OmniModel, batch: ChatBatch) -> torch.Tensor:
     """Embeddings of a batch of prompts."""
     heard_NSD = model.project_audio(batch.states_NTD)
     return model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
+
+
+def draft_prompts(draft: Draft, tokenizer: Tokenizer, prompts: Sequence[Encoded]) -> Prompts:
+    """Prompts as a draft reads them: without pictures and recordings, of which it knows nothing.
+
+    Left out, not masked: what remains is the kind of chat that stage A's text consists of.
+    """
+    media = tokenizer.special[IMAGE], tokenizer.special[AUDIO]
+    rows = [[token for token in prompt.tokens if token not in media] for prompt in prompts]
+    T, weight = max(map(len, rows)), draft.thinker.embed_tokens.weight
+    tokens_BT = torch.tensor([[tokenizer.pad_id] * (T - len(row)) + row for row in rows], device=weight.device)
+    valid_BT = torch.tensor([[False] * (T - len(row)) + [True] * len(row) for row in rows], device=weight.device)
+    with torch.no_grad():
+        return Prompts(draft.thinker.embed(tokens_BT), valid_BT)

@@ -41,18 +41,20 @@ class WindowCache(KVCache):
     def __init__(self, num_layers: int, window: int) -> None:
         super().__init__(num_layers)
         self.window = window
+        self._frames: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
         self._filled = [0] * num_layers
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the keys and values [B, H, 1, d] of one frame; returns those that it may see."""
-        keys, values = self.keys[layer], self.values[layer]
-        if keys is None or values is None:
+        reserved = self._frames[layer]
+        if reserved is None:
             B, H, _, d = k.shape
-            keys, values = k.new_empty(B, H, 4 * self.window, d), v.new_empty(B, H, 4 * self.window, d)
-            self.keys[layer], self.values[layer] = keys, values
+            reserved = k.new_empty(B, H, 4 * self.window, d), v.new_empty(B, H, 4 * self.window, d)
+            self._frames[layer] = reserved
+        keys, values = reserved
         rows, at = len(k), self._filled[layer]
         if at == keys.shape[2]:  # full: what can still be seen moves to the front
-            for kept in (keys, values):
+            for kept in reserved:
                 kept[:rows, :, : self.window] = kept[:rows, :, -self.window :].clone()
             at = self.window
         keys[:rows, :, at : at + 1], values[:rows, :, at : at + 1] = k, v

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from omni.checkpoint import as_bytes, load_input, load_weights
-from omni.config import from_dict
+from omni.config import UserError, from_dict
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.omni import OmniConfig, OmniModel
 from omni.models.speech import SpeechConfig, SpeechModel
@@ -30,6 +30,31 @@ def load_thinker(path: str | Path) -> tuple[Thinker, Tokenizer]:
     tensors, summary = _load(path, "thinker")
     thinker = Thinker(from_dict(ThinkerConfig, summary["model_config"], str(path)))
     return _filled(thinker, tensors, path), _tokenizer(tensors)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a ``thinker.pt`` alone."""
+    return _tokenizer(_load(path, "thinker")[0])
+
+
+def load_draft(path: str | Path, larger: Thinker, tokenizer: Tokenizer) -> Thinker:
+    """The Thinker of a ``thinker.pt`` that shall guess ahead for a larger one, on the same device.
+
+    Raises:
+        UserError: also when it was trained with another tokenizer, or for shorter texts.
+    """
+    draft, own = load_thinker(path)
+    if own.hash != tokenizer.hash:
+        raise UserError(
+            f"{path}: found a Thinker with tokenizer {own.hash}, expected {tokenizer.hash} as in the model that it is "
+            "to guess for; train it with `--thinker_ckpt` of that model's Thinker"
+        )
+    if draft.config.ctx_len < larger.config.ctx_len:
+        raise UserError(
+            f"{path}: found a Thinker with ctx_len {draft.config.ctx_len}, expected at least {larger.config.ctx_len} "
+            "as in the model that it is to guess for"
+        )
+    return draft.to(larger.embed_tokens.weight.device)
 
 
 def load_audio_encoder(path: str | Path) -> AudioEncoder:

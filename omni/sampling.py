@@ -34,9 +34,14 @@ class Chances:
 
     def next(self, num_rows: int) -> torch.Tensor | None:
         """The next number [B] of each of the first rows; None where nothing is drawn."""
+        numbers_B1 = self.next_several(num_rows, 1)
+        return None if numbers_B1 is None else numbers_B1[:, 0]
+
+    def next_several(self, num_rows: int, count: int) -> torch.Tensor | None:
+        """The next ``count`` numbers [B, count] of each of the first rows; None where nothing is drawn."""
         if not self._rows:
             return None
-        return torch.tensor([generator.random() for generator in self._rows[:num_rows]])
+        return torch.from_numpy(np.stack([generator.random(count) for generator in self._rows[:num_rows]]))
 
 
 def choose(logits_BV: torch.Tensor, sampling: Sampling, chance_B: torch.Tensor | None) -> torch.Tensor:

@@ -81,6 +81,9 @@ def stage_of(kind: str) -> StageInfo:
 # without a configuration for it do without.
 JUDGE = StageInfo("J", "train_audio_enc.py", "judge", "audio_enc", (), (), "a second recognizer that only grades")
 
+# Guesses ahead for the Thinker of its size (omni/decoding.py), whose tokenizer it has; `omni run` does not train it
+DRAFT = StageInfo("A", "train_text.py", "draft", "thinker", ("thinker",), (), "a small Thinker that guesses ahead")
+
 
 def stages_of(size: str) -> tuple[StageInfo, ...]:
     """The stages of a size in the order of training, with the judge where the size has a configuration for it."""

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here, and in every process that is started from here
+
 import numpy as np
 import pytest
 import soundfile
 import torch
+
+from omni.config import StageConfig
+from omni.training_utils import Build, run_stage
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,16 +27,34 @@ torch.set_num_threads(1)  # the models of the tests are too small for two
 
 def command(*words: str | Path, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words and return what it said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=cwd,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=280,
         **options,
     )
+
+
+Done = subprocess.CompletedProcess[str]
+RunStage = Callable[..., Done]
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> RunStage:
+    """A stage's script in this process, and what it said: starting another takes seconds of importing."""
+
+    def run(config_class: type[StageConfig], build: Build, *words: str | Path) -> Done:
+        capsys.readouterr()
+        try:
+            code = run_stage(config_class, build, [*map(str, words)])
+        except SystemExit as left:  # --help
+            code = int(left.code or 0)
+        said = capsys.readouterr()
+        return Done(words, code, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,10 @@ from omni.chat import ChatSettings, TerminalChat
 from omni.cli import main
 from omni.config import UserError
 from omni.data.dialogue import Message, Part
+from omni.decoding import Decoding
 from omni.generate import AnswerSettings, generate
 from omni.sound_device import NoSoundDeviceError
+from omni.tokenizer import Tokenizer
 from tests import toy_omni
 from tests.conftest import write_tone
 from tests.toy_omni import picture
@@ -201,3 +203,41 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
             Assistant.load(checkpoint, "cpu"), ChatSettings(AnswerSettings(), Voice("zoe"), True), read, print
         )
         main_chat.run()
+
+
+def test_with_a_draft_the_chat_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, (_, tokenizer) = toy_omni.save(tmp_path / "omni.pt"), toy_omni.build()
+    drafts = {
+        "draft.pt": toy_omni.save_draft(tmp_path / "draft.pt", tokenizer),
+        "other.pt": toy_omni.save_draft(tmp_path / "other.pt", Tokenizer.train(toy_omni.TEXT, 350)),
+        "short.pt": toy_omni.save_draft(tmp_path / "short.pt", tokenizer, 64),
+    }
+    guessed = []
+    plainly = Decoding.runs
+    monkeypatch.setattr(Decoding, "runs", lambda self, most: (guessed.append(self), plainly(self, most))[1])
+
+    def said(*words: str) -> str:
+        lines = iter(["how many squares are there ?", "who has the ball ?"])
+
+        def read(prompt: str) -> str:
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        assert main(["chat", "--checkpoint", str(checkpoint), "--device", "cpu", "--max-tokens", "12", *words]) == 0
+        return capsys.readouterr().out
+
+    for more in ([], ["--temperature", "1", "--seed", "3"]):
+        assert said(*more) == said(*more, "--draft", str(drafts["draft.pt"]))
+    assert [decoding.tally.guessed > 0 for decoding in guessed] == [False, False, True, True] * 2
+    for name, expected in (("other.pt", "with tokenizer"), ("short.pt", "ctx_len 64, expected at least 128")):
+        assert main(["chat", "--checkpoint", str(checkpoint), "--device", "cpu", "--draft", str(drafts[name])]) == 1
+        error = capsys.readouterr().err
+        assert f"{name}: found a Thinker " in error and expected in error and error.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["chat", "--checkpoint", str(checkpoint), "--draft"]) == 1
+    assert "configs/draft_nano.json: no such configuration" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import train_text
 from omni import run
 from omni.cli import main
 from omni.config import UserError
@@ -21,7 +22,7 @@ from omni.report import results_table
 from omni.run import run_process, stage_is_complete
 from omni.stages import STAGES, StageInfo, read_raw_config
 from omni.summary import read_summary
-from tests.conftest import ROOT, command
+from tests.conftest import ROOT, RunStage, command
 
 FIGURE = {"value": 0.125, "n": 80, "low": 0.05, "high": 0.2}
 
@@ -213,7 +214,7 @@ def test_whole_run_stopped_continued_and_skipped(small: Path) -> None:
 
 
 def test_finished_stage_is_recognized_by_its_summary(
-    small: Path, babble: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, babble: Path, monkeypatch: pytest.MonkeyPatch, run_here: RunStage
 ) -> None:
     monkeypatch.chdir(small)
     stage = STAGES[0]
@@ -222,7 +223,7 @@ def test_finished_stage_is_recognized_by_its_summary(
     text = babble / "text.txt"
     values["data"] = {"train": str(text), "vocab_size": 320}
     stage.config_path("test").write_text(json.dumps(values))
-    done = command(ROOT / stage.script, "--config", stage.config_path("test"), cwd=small)
+    done = run_here(train_text.TextConfig, train_text.build, "--config", stage.config_path("test"))
     assert done.returncode == 0, done.stderr
     assert stage_is_complete(stage, "test", values)
     assert not stage_is_complete(stage, "test", {**values, "train": {**values["train"], "max_steps": 9}})

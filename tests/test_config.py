@@ -25,7 +25,7 @@ from omni.config import (
     load_config,
     to_dict,
 )
-from omni.stages import JUDGE, STAGES, StageInfo
+from omni.stages import DRAFT, JUDGE, STAGES, StageInfo
 from tests.conftest import ROOT
 
 PHASE = {"max_steps": 10, "batch_size": 2, "lr": 0.1}
@@ -204,7 +204,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.json"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configuration_loads(path: Path) -> None:
-    stage = next(stage for stage in (*STAGES, JUDGE) if path.stem.startswith(stage.prefix))
+    stage = next(stage for stage in (*STAGES, JUDGE, DRAFT) if path.stem.startswith(stage.prefix))
     config = load_config(config_class(stage), path)
     assert config.name == path.stem
     size = path.stem.removeprefix(stage.prefix + "_")

@@ -25,7 +25,7 @@ LAYERS = {
         "models.projector", "models.lora", "models.vocoder", "models.speaker"),
     3: ("save_folder", "planning", "models.thinker", "models.codec", "models.talker", "data.text", "data.speech",
         "data.images"),
-    4: ("training_utils", "losses", "generate_codes", "thinker_states", "models.speech", "data.voices",
+    4: ("training_utils", "losses", "decoding", "generate_codes", "thinker_states", "models.speech", "data.voices",
         "data.synthetic", "data.dialogue", "data_memory"),
     5: ("models.omni", "prompt_pieces", "generate_speech", "data.leaks", "data.mixture"),
     6: ("stand_ins", "streaming", "data.parts", "data.check", "load", "features", "alignment"),

@@ -7,24 +7,23 @@ import json
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.forked import Child, start_module
 from tests.test_training_loop import CONFIG
 
 
 def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> None:
     (tmp_path / "toy.json").write_text(json.dumps(CONFIG))
-    words = [sys.executable, "-m", "tests.toy", "--config", str(tmp_path / "toy.json"), "--save_dir"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-    with (tmp_path / "log.txt").open("wb") as log:
-        code = subprocess.run(
-            [*words, str(tmp_path / "a")], cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=280
-        ).returncode
+
+    def start(name: str, log: Path) -> Child:
+        words = ("--config", tmp_path / "toy.json", "--save_dir", tmp_path / name)
+        return start_module("tests.toy", *words, log=log, environment={"TERM": "xterm"})
+
+    code = start("a", tmp_path / "log.txt").wait()
     said = (tmp_path / "log.txt").read_bytes()
     assert code == 0 and b"\r" not in said and b"\x1b" not in said and b"\b" not in said
     lines = said.decode().splitlines()
@@ -36,14 +35,11 @@ def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> Non
     # the same run on a terminal rewrites one line: what the log must not hold
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    child = subprocess.Popen([*words, str(tmp_path / "b")], cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
+    child, shown = start("b", Path(os.ttyname(theirs))), b""
+    while child.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.05)[0]:
+            shown += os.read(ours, 1 << 16)
     os.close(theirs)
-    shown = b""
-    try:
-        while block := os.read(ours, 1 << 16):
-            shown += block
-    except OSError:  # Linux: the last one has closed the terminal
-        pass
     os.close(ours)
-    assert child.wait(280) == 0
+    assert child.wait() == 0
     assert shown.replace(b"\r\n", b"").count(b"\r") > 12 and b"12/12" in shown and b"grad" in shown

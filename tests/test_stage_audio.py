@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_audio_enc
 from omni.audio import MelConfig
 from omni.config import RowsDataConfig, UserError
 from omni.data.parts import read_parts
@@ -18,9 +19,10 @@ from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_
 from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
 from omni.tokenizer import needed_steps
-from tests.conftest import ROOT, command, metrics
+from tests.conftest import RunStage, metrics
+from tests.forked import start_module
 
-SCRIPT = ROOT / "train_audio_enc.py"
+STAGE = train_audio_enc.AudioConfig, train_audio_enc.build
 Write = Callable[[dict[str, Any]], Path]
 
 
@@ -31,14 +33,16 @@ def config(train: Path, save_dir: Path) -> dict[str, Any]:
         "model": {"dim": 48, "num_layers": 1, "num_heads": 2, "hidden_dim": 96},
         "train": {"max_steps": 30, "batch_size": 6, "lr": 0.005, "warmup_steps": 3, "monitor": "cer"},
         "run": {"save_dir": str(save_dir), "val_freq": 30, "checkpoint_freq": 20, "print_freq": 5,
-                "tensorboard": False},
+                "tensorboard": False, "num_threads": 1},
     }  # fmt: skip
 
 
-def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_config: Write) -> None:
+def test_trains_resumes_and_can_be_loaded(
+    babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
     path = write_config(config(babble / "asr.csv", tmp_path / "run"))
-    done = command(SCRIPT, "--config", path)
-    assert done.returncode == 0, done.stderr
+    done = start_module("train_audio_enc", "--config", path, log=tmp_path / "said.txt")
+    assert done.wait() == 0, done.log.read_text()
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     assert losses[-1] < 0.5 * losses[0]
     encoder = load_audio_encoder(tmp_path / "run" / "audio_enc.pt")
@@ -47,7 +51,7 @@ def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_co
     assert infeasible(encoder, recordings).value == 0
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     (tmp_path / "again" / "audio_enc.pt").unlink()
-    again = command(SCRIPT, "--config", path, "--save_dir", tmp_path / "again")
+    again = run_here(*STAGE, "--config", path, "--save_dir", tmp_path / "again")
     assert again.returncode == 0 and "step 20)" in again.stdout
     assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
 
@@ -67,7 +71,7 @@ def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_co
     ],
 )
 def test_bad_manifest_is_named_and_nothing_overwritten(
-    content: str | None, expected: str, babble: Path, tmp_path: Path, write_config: Write
+    content: str | None, expected: str, babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
 ) -> None:
     folder = tmp_path / "data"
     shutil.copytree(babble, folder)
@@ -76,7 +80,7 @@ def test_bad_manifest_is_named_and_nothing_overwritten(
         manifest.write_text(content)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "audio_enc_best.pt").write_bytes(b"an earlier one")
-    done = command(SCRIPT, "--config", write_config(config(manifest, tmp_path / "run")))
+    done = run_here(*STAGE, "--config", write_config(config(manifest, tmp_path / "run")))
     assert done.returncode == 1, done.stdout
     assert done.stderr.startswith("error: ") and expected in done.stderr and "bad.csv" in done.stderr
     assert "Traceback" not in done.stderr
@@ -124,12 +128,14 @@ def test_warped_utterances_still_hold_their_text(babble: Path) -> None:
     assert torch.equal(found.sample(0, None)[0], found.recordings.frames(0))  # not in validation
 
 
-def test_utterances_too_short_for_their_text_are_counted(babble: Path, tmp_path: Path, write_config: Write) -> None:
+def test_utterances_too_short_for_their_text_are_counted(
+    babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
     folder = tmp_path / "data"
     shutil.copytree(babble, folder)
     rows = (folder / "asr.csv").read_text().splitlines()
     rows[1] = rows[1].rsplit(",", 2)[0] + "," + "far too many words " * 8 + ",s0"
     (folder / "asr.csv").write_text("\n".join(rows) + "\n")
-    done = command(SCRIPT, "--config", write_config(config(folder / "asr.csv", tmp_path / "run")), "--max_steps=1")
+    done = run_here(*STAGE, "--config", write_config(config(folder / "asr.csv", tmp_path / "run")), "--max_steps=1")
     assert done.returncode == 0, done.stderr
     assert "1 of " in done.stdout and "left out" in done.stdout

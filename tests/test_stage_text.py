@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,17 @@ import pytest
 import torch
 
 import train_text
+from omni.config import UserError
 from omni.data.text import packed
-from omni.load import load_thinker
+from omni.load import load_draft, load_thinker
 from omni.models.thinker import Thinker, ThinkerConfig
-from omni.summary import read_summary
+from omni.summary import fingerprint, read_summary
 from omni.tokenizer import Tokenizer
-from tests.conftest import ROOT, command, metrics
+from tests.conftest import ROOT, RunStage, command, metrics
 from tests.test_training_loop import gradient
 
 SCRIPT = ROOT / "train_text.py"
+STAGE = train_text.TextConfig, train_text.build
 
 
 def config(babble: Path, save_dir: Path, **data: Any) -> dict[str, Any]:
@@ -30,14 +33,16 @@ def config(babble: Path, save_dir: Path, **data: Any) -> dict[str, Any]:
         "model": {"ctx_len": 32, "dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 64},
         "train": {"max_steps": 40, "batch_size": 8, "lr": 0.01, "warmup_steps": 4},
         "run": {"save_dir": str(save_dir), "val_freq": 20, "checkpoint_freq": 15, "print_freq": 10,
-                "tensorboard": False},
+                "tensorboard": False, "num_threads": 1},
     }  # fmt: skip
 
 
 Write = Callable[[dict[str, Any]], Path]
 
 
-def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_config: Write) -> None:
+def test_trains_resumes_and_can_be_loaded(
+    babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
     path = write_config(config(babble, tmp_path / "run"))
     done = command(SCRIPT, "--config", path)
     assert done.returncode == 0, done.stderr
@@ -50,20 +55,50 @@ def test_trains_resumes_and_can_be_loaded(babble: Path, tmp_path: Path, write_co
     # from the checkpoint of step 30 the same end is reached
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     (tmp_path / "again" / "thinker.pt").unlink()
-    again = command(SCRIPT, "--config", path, "--save_dir", tmp_path / "again")
+    again = run_here(*STAGE, "--config", path, "--save_dir", tmp_path / "again")
     assert again.returncode == 0 and "step 30)" in again.stdout, again.stdout
     sums = [read_summary(tmp_path / name / "thinker.pt") for name in ("run", "again")]
     assert sums[0]["figures"] == sums[1]["figures"]
     assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
 
 
-def test_folder_of_texts_and_own_validation(babble: Path, tmp_path: Path, write_config: Write) -> None:
+def test_folder_of_texts_and_own_validation(
+    babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
         shutil.copy(babble / "text.txt", tmp_path / "texts" / name)
     values = config(babble, tmp_path / "run", train=str(tmp_path / "texts"), val=str(babble / "text.txt"))
-    done = command(SCRIPT, "--config", write_config(values), "--max_steps=2")
+    done = run_here(*STAGE, "--config", write_config(values), "--max_steps=2")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_draft_has_the_tokenizer_of_the_larger_one(
+    babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
+    """Trained from another text, with a vocabulary that this text would not give; loaded as what it is for."""
+    larger, draft, other = tmp_path / "larger", tmp_path / "draft", tmp_path / "other"
+    assert run_here(*STAGE, "--config", write_config(config(babble, larger)), "--max_steps=1").returncode == 0
+    (tmp_path / "own.txt").write_text("zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich .\n" * 60)
+    values = config(babble, draft, train=str(tmp_path / "own.txt"), vocab_size=300) | {"name": "draft_toy"}
+    path = write_config(values | {"thinker_ckpt": str(larger / "thinker.pt")})
+    assert run_here(*STAGE, "--config", path, "--max_steps=2", "--model.dim=16").returncode == 0
+    thinker, tokenizer = load_thinker(larger / "thinker.pt")
+    small, own = load_thinker(draft / "thinker.pt")
+    assert own.model == tokenizer.model and small.config.vocab_size == tokenizer.vocab_size and small.config.dim == 16
+    lineage = read_summary(draft / "thinker.pt")["lineage"]
+    assert lineage["tokenizer"] == tokenizer.hash and lineage["thinker"] == fingerprint(larger / "thinker.pt")
+    assert load_draft(draft / "thinker.pt", thinker, tokenizer).config == small.config
+    # one that learned its own, and one that could not follow to the end of the context
+    words = ("--config", path, "--save_dir", other, "--max_steps=1", "--thinker_ckpt=none")
+    assert run_here(*STAGE, *words).returncode == 0
+    with pytest.raises(UserError, match=r"other/thinker\.pt: found a Thinker with tokenizer \w+, expected"):
+        load_draft(other / "thinker.pt", thinker, tokenizer)
+    longer = Thinker(dataclasses.replace(thinker.config, ctx_len=33))
+    with pytest.raises(UserError, match="found a Thinker with ctx_len 32, expected at least 33"):
+        load_draft(draft / "thinker.pt", longer, tokenizer)
+    done = run_here(*STAGE, "--config", path, "--thinker_ckpt", tmp_path / "none.pt", "--fresh")
+    assert done.returncode == 1 and "none.pt: no such checkpoint" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -71,12 +106,12 @@ def test_folder_of_texts_and_own_validation(babble: Path, tmp_path: Path, write_
     [(None, "no such file"), (b"", "empty"), (b"\xff\xfe\x00bad", "not UTF-8"), (b"a b c", "")],
 )
 def test_bad_text_is_one_line(
-    content: bytes | None, expected: str, babble: Path, tmp_path: Path, write_config: Write
+    content: bytes | None, expected: str, babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
 ) -> None:
     text = tmp_path / "bad.txt"
     if content is not None:
         text.write_bytes(content)
-    done = command(SCRIPT, "--config", write_config(config(babble, tmp_path / "run", train=str(text))))
+    done = run_here(*STAGE, "--config", write_config(config(babble, tmp_path / "run", train=str(text))))
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and expected in done.stderr
     assert not list((tmp_path / "run").glob("*.pt")) if (tmp_path / "run").exists() else True
@@ -91,15 +126,17 @@ def test_bad_text_is_one_line(
         ([], "usage"),
     ],
 )
-def test_wrong_usage(words: list[str], expected: str, babble: Path, tmp_path: Path, write_config: Write) -> None:
+def test_wrong_usage(
+    words: list[str], expected: str, babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage
+) -> None:
     path = write_config(config(babble, tmp_path / "run"))
-    done = command(SCRIPT, *[word.format(config=path) for word in words])
+    done = run_here(*STAGE, *[word.format(config=path) for word in words])
     assert done.returncode == (1 if "nowhere.json" in words else 2)
     assert expected in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
-def test_help_lists_the_keys() -> None:
-    done = command(SCRIPT, "--help")
+def test_help_lists_the_keys(run_here: RunStage) -> None:
+    done = run_here(*STAGE, "--help")
     assert done.returncode == 0 and "--model.ctx_len" in done.stdout and "--run.seed" in done.stdout
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from omni.sampling import GREEDY, Sampling
 from omni.speech_text import chunks, spoken_words, units
 from omni.timing import plan_batch, plan_frames, round_durations, unit_durations, unit_symbols, word_spans
 from omni.tokenizer import Characters
+from tests.forked import Child, start_module
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEBOOKS = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(2))
@@ -299,15 +297,12 @@ def write_inputs(folder: Path, speakers: list[str] | None) -> Path:
     return folder / "config.json"
 
 
-def start(config: Path, save_dir: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "train_talker.py", "--config", str(config), "--save_dir", str(save_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(config: Path, save_dir: Path) -> Child:
+    words = ("--config", config, "--save_dir", save_dir, "--device", "cpu")
+    return start_module("train_talker", *words, log=save_dir.with_suffix(".log"))
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: Child) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +24,8 @@ from omni.training_utils import (
     run_stage,
     validate_loss,
 )
-from tests.conftest import ROOT, metrics
+from tests.conftest import metrics
+from tests.forked import Child, start_module
 from tests.toy import Data, Toy, ToyConfig, build, error_sum
 
 CONFIG: dict[str, Any] = {
@@ -52,12 +50,9 @@ def train(config: Path, save_dir: Path, *words: str, fresh: bool = False) -> int
     return run_stage(ToyConfig, build, ["--config", str(config), "--save_dir", str(save_dir), *words, *more])
 
 
-def start(config: Path, save_dir: Path, *words: str, group: bool = False) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.toy", "--config", str(config), "--save_dir", str(save_dir), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=group,
-    )  # fmt: skip
+def start(config: Path, save_dir: Path, *words: str, group: bool = False) -> Child:
+    words = ("--config", str(config), "--save_dir", str(save_dir), *words)
+    return start_module("tests.toy", *words, log=save_dir.with_suffix(".log"), group=group)
 
 
 def weights(save_dir: Path, name: str = "toy.pt") -> dict[str, torch.Tensor]:
@@ -138,7 +133,7 @@ def test_killed_and_continued_is_undisturbed(steps: int, whole: Path, config: Pa
     assert_same(whole, run)
 
 
-def wait_for_steps(child: subprocess.Popen[str], run: Path, steps: int) -> None:
+def wait_for_steps(child: Child, run: Path, steps: int) -> None:
     """Until ``metrics.jsonl`` has that many training lines."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:

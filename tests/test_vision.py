@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from omni.losses import contrastive_loss_sum
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 from omni.tokenizer import Tokenizer
 from omni.training_utils import run_stage
+from tests.forked import start_module
 
 ROOT = Path(__file__).parent.parent
 SMALL = VisionConfig(
@@ -343,9 +342,9 @@ def test_a_run_learns_resumes_exactly_and_can_be_rebuilt(world: Path, tokenizer:
     path.write_text(json.dumps(config))
     _train(path, "--save_dir", str(tmp_path / "whole"))
     _train(path, "--save_dir", str(tmp_path / "parts"), "--max_steps", "15")
-    command = [sys.executable, str(ROOT / "train_vision.py"), "--config", str(path)]
-    done = subprocess.run([*command, "--save_dir", str(tmp_path / "parts")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stdout + done.stderr
+    words = ("--config", path, "--save_dir", tmp_path / "parts")
+    again = start_module("train_vision", *words, log=tmp_path / "parts.log")  # another process
+    assert again.wait() == 0 and "resuming" in again.log.read_text(), again.log.read_text()
     (whole, summary), (parts, _) = (
         checkpoint.load_checkpoint(tmp_path / name / "vision.pt") for name in ("whole", "parts")
     )

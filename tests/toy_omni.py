@@ -21,7 +21,7 @@ from omni.models.quantizer import QuantizerConfig
 from omni.models.speaker import SpeakerConfig
 from omni.models.speech import SpeechConfig
 from omni.models.talker import TalkerConfig
-from omni.models.thinker import ThinkerConfig
+from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vision_encoder import VisionConfig
 from omni.models.vocoder import VocoderConfig
 from omni.tokenizer import AUDIO, IMAGE, SPECIALS, Tokenizer
@@ -78,6 +78,17 @@ def save(path: Path, vocoder_kind: str = "istft") -> Path:
         "assets": {"tokenizer.model": as_tensor(tokenizer.model)},
     }
     save_checkpoint(path, tensors, {"kind": "omni", "model_config": to_dict(model.config), "config": {"name": "toy"}})
+    return path
+
+
+def save_draft(path: Path, tokenizer: Tokenizer, ctx_len: int = 128) -> Path:
+    """A smaller Thinker for it, or for another tokenizer."""
+    torch.manual_seed(4)
+    shape = ThinkerConfig(
+        ctx_len, tokenizer.vocab_size, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, hidden_dim=16
+    )
+    tensors = {"weights": Thinker(shape).state_dict(), "assets": {"tokenizer.model": as_tensor(tokenizer.model)}}
+    save_checkpoint(path, tensors, {"kind": "thinker", "model_config": to_dict(shape), "config": {"name": "draft"}})
     return path
 
 

@@ -19,7 +19,7 @@ from omni.data.text import scan_text
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.parallel import map_small
 from omni.speech_text import spoken_words
-from omni.stages import JUDGE, STAGES, StageInfo, read_raw_config
+from omni.stages import DRAFT, JUDGE, STAGES, StageInfo, read_raw_config
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
 # what each key of a stage's data names; of several of one kind the first (and `also_train`) is for training, the others
@@ -147,7 +147,7 @@ def _read_task(path: Path) -> _Task:
 
 def _stage_of(path: Path, values: dict[str, Any]) -> StageInfo:
     """The stage a configuration belongs to, by its name, which begins with the stage's."""
-    for stage in (*STAGES, JUDGE):
+    for stage in (*STAGES, JUDGE, DRAFT):
         if values["name"].startswith(stage.prefix) or path.stem.startswith(stage.prefix):
             return stage
     prefixes = ", ".join(stage.prefix for stage in STAGES)

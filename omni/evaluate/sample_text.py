@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from omni.generate import Decoding
+from omni.decoding import Decoding, Prompts
 from omni.models.thinker import Thinker
 from omni.sample import Sample
 from omni.sampling import GREEDY, Sampling
@@ -63,6 +63,12 @@ def _between_words(tokenizer: Tokenizer, tokens: list[int]) -> int:
 def _write(thinker: Thinker, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> str:
     """What comes after a prompt, up to the mark that ends a turn."""
     tokens_1T = torch.tensor([prompt], device=thinker.embed_tokens.weight.device)
-    decoding = Decoding(thinker, thinker.embed(tokens_1T).detach(), torch.ones_like(tokens_1T).bool(), sampling)
-    found = [int(token_1) for token_1 in decoding.tokens(tokenizer.end_id, _NEW_TOKENS)]
-    return tokenizer.decode([token for token in found if token != tokenizer.end_id]).strip()
+    prompts = Prompts(thinker.embed(tokens_1T).detach(), torch.ones_like(tokens_1T, dtype=torch.bool))
+    decoding = Decoding(thinker, prompts, sampling)
+    found: list[int] = []
+    for (run,) in decoding.runs(_NEW_TOKENS):
+        if tokenizer.end_id in run:
+            found += run[: run.index(tokenizer.end_id)]
+            break
+        found += run
+    return tokenizer.decode(found).strip()

@@ -126,25 +126,68 @@ def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return x_BTHd * cos.to(x_BTHd.dtype) + turned * sin.to(x_BTHd.dtype)
 
 
+class Growing:
+    """A tensor that grows along one dimension, in memory that is reserved ahead: twice what is needed, when it is full.
+
+    Appending copies what is new and nothing else. For decoding alone: memory is written over, which autograd forbids.
+
+    Args:
+        dim: the dimension that grows.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.length = 0
+        self._dim = dim
+        self._memory: torch.Tensor | None = None
+
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """Put ``x`` behind what is there; returns everything, valid until the next call of :meth:`cut`."""
+        assert not (x.requires_grad and torch.is_grad_enabled()), "what grows has no gradient; wrap it in no_grad"
+        size = x.shape[self._dim]
+        if self._memory is None or self.length + size > self._memory.shape[self._dim]:
+            shape = list(x.shape)
+            shape[self._dim] = max(2 * (self.length + size), 64)
+            memory = x.new_empty(shape)
+            if self._memory is not None:
+                memory.narrow(self._dim, 0, self.length).copy_(self.whole)
+            self._memory = memory
+        self._memory.narrow(self._dim, self.length, size).copy_(x)
+        self.length += size
+        return self.whole
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """Everything that was appended and not cut off."""
+        assert self._memory is not None
+        return self._memory.narrow(self._dim, 0, self.length)
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first ``length``."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
 class KVCache:
     """Keys and values of all positions so far, for every layer of one model."""
 
     def __init__(self, num_layers: int) -> None:
-        self.keys: list[torch.Tensor | None] = [None] * num_layers
-        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self._layers = [(Growing(2), Growing(2)) for _ in range(num_layers)]
 
     @property
     def length(self) -> int:
         """Positions held."""
-        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+        return self._layers[0][0].length
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values [B, H, T, d] of new positions; returns those of all positions."""
-        old_k, old_v = self.keys[layer], self.values[layer]
-        if old_k is not None and old_v is not None:
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+        keys, values = self._layers[layer]
+        return keys.append(k), values.append(v)
+
+    def cut(self, length: int) -> None:
+        """Forget all positions but the first ``length``."""
+        for pair in self._layers:
+            for part in pair:
+                part.cut(length)
 
 
 def attend(
@@ -364,28 +407,6 @@ def quiet_residual_outputs(blocks: nn.ModuleList) -> None:
         for name, parameter in blocks.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "conv.out_proj.weight")):
                 parameter.mul_(0.01)
-
-
-def start_by_copying(attention: Attention, copy: float = 0.3, match: float = 0.2) -> None:
-    """Let attention begin as what it will have to be: queries look for keys like themselves, and copy what is there.
-
-    Products of query and key matrices, and of value and output matrices, have a share of the identity from the start
-    (mimetic initialization, Trockman and Kolter, 2023). Measured on sequences that repeat themselves: a Thinker of nano
-    size predicts the repetition after 50 to 100 steps of AdamW instead of 200.
-
-    Args:
-        attention: freshly initialized.
-        copy: share of the values that the output hands on.
-        match: share of a query's weights, in variance, that are its key's.
-    """
-    groups = attention.num_heads // attention.num_kv_heads
-    with torch.no_grad():
-        k, v = (
-            part.weight.unflatten(0, (attention.num_kv_heads, -1)).repeat_interleave(groups, dim=0).flatten(0, 1)
-            for part in (attention.k_proj, attention.v_proj)
-        )
-        attention.q_proj.weight.mul_(math.sqrt(1 - match)).add_(k, alpha=math.sqrt(match))
-        attention.o_proj.weight.copy_(copy * v.T)
 
 
 def padding_mask(lengths_B: torch.Tensor, T: int) -> torch.Tensor:

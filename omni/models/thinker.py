@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni.config import Problem
-from omni.models.attention_heads import start_with_tasks
+from omni.models.attention_heads import start_by_copying, start_with_tasks
 from omni.models.layers import (
     Attention,
     Block,
@@ -24,7 +24,6 @@ from omni.models.layers import (
     check_finite,
     init_weights,
     quiet_residual_outputs,
-    start_by_copying,
 )
 
 

@@ -223,8 +223,8 @@ def create_app(
     return Guard(app, service.worker, limits, token, hosts)
 
 
-def serve(checkpoint: Path, host: str, port: int, token: str, device: str) -> int:
-    """Serve a checkpoint until Ctrl-C; returns the exit code.
+def serve(checkpoint: Path, host: str, port: int, token: str, device: str, draft: Path | None = None) -> int:
+    """Serve a checkpoint until Ctrl-C, with a draft that guesses ahead where one is given; returns the exit code.
 
     Raises:
         UserError: when others could reach the server without a token, the address cannot be had, or the checkpoint
@@ -236,7 +236,7 @@ def serve(checkpoint: Path, host: str, port: int, token: str, device: str) -> in
             f"--host: {host} can be reached by others, expected --token (or OMNI_TOKEN) as well", exit_code=2
         )
     listener = _listen_at(host, port)
-    assistant = Assistant.load(checkpoint, device)
+    assistant = Assistant.load(checkpoint, device, draft)
     app = create_app(assistant, token=token, hosts=LOOPBACK if local else ())
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, limit_concurrency=_CONNECTIONS,
