@@ -4,7 +4,8 @@ Why: everything the omni model will say about pictures and recordings, it says i
 
     python train_text.py --config configs/thinker_nano.json
 
-In: a UTF-8 text file, or a folder of ``*.txt`` (``data.train``; ``data.val``, or a share of it, ``data.val_split``).
+In: a UTF-8 text file, or a folder of ``*.txt`` (``data.train``; ``data.val``, or a share of it, ``data.val_split``);
+if wanted, a text to begin with (``data.primer``), which asks for nothing but to look things up.
 Out: ``tokenizer.model`` and ``thinker.pt`` in ``save_dir``.
 Evaluated by: bits per byte of held-out text (``omni eval --stage thinker``), beside a 5-gram model's.
 """
@@ -12,17 +13,28 @@ Evaluated by: bits per byte of held-out text (``omni eval --stage thinker``), be
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from omni import checkpoint
-from omni.config import PhaseConfig, SplitDataConfig, StageConfig, to_dict
+from omni.config import PhaseConfig, Problem, SplitDataConfig, StageConfig, to_dict
 from omni.data.leaks import part_of_text, refuse_leaks
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.text import TextBatch, learn_tokenizer, packed, read_text, split_text, tokenize
+from omni.data.text import (
+    PackedDocuments,
+    PackedText,
+    TextBatch,
+    learn_tokenizer,
+    packed,
+    read_text,
+    split_text,
+    tokenize,
+)
 from omni.evaluate.thinker import TextLikelihood
 from omni.lineage import data_fingerprint
 from omni.load import load_tokenizer
@@ -37,6 +49,7 @@ class TextData(SplitDataConfig):
     """Where the text is."""
 
     test: str | None = None  # for `omni eval`; by default the validation text
+    primer: str | None = None  # what phase `primer` learns from, before all else
     vocab_size: int = 1024  # of the tokenizer that is learned; fewer on a small corpus
     separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
@@ -48,8 +61,14 @@ class TextConfig(StageConfig):
     data: TextData
     model: ThinkerConfig
     train: PhaseConfig
+    primer: PhaseConfig | None = None  # phase 1, with data.primer: heads that look things up form on such text alone
     answer_weight: float = 0.0  # of the assistant's tokens alone, beside the loss of all tokens; for text with chats
     thinker_ckpt: str | None = None  # whose tokenizer is taken instead of learning one: this one shall be its draft
+
+    def problems(self) -> Iterator[Problem]:
+        """A phase without its text, or the reverse."""
+        if (self.primer is None) != (self.data.primer is None):
+            yield Problem("data.primer", "primer without data.primer or the reverse", "both or neither")
 
 
 def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
@@ -60,46 +79,54 @@ def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
 
 
 def build(config: TextConfig, precision: Precision) -> Run:
-    """The Thinker and its one phase."""
-    sources = {"train": config.data.train} | ({"val": config.data.val} if config.data.val else {})
-    texts = [read_text(path, config.data) for path in sources.values()]
-    train_text, val_text = texts if config.data.val else split_text(texts[0], config.data.val_split)
-    refuse_leaks(part_of_text(train_text, "training"), part_of_text(val_text, "validation"), config.data)
+    """The Thinker and its phases."""
+    data = config.data
+    paths = {"train": data.train} | {part: path for part in ("val", "primer") if (path := getattr(data, part))}
+    texts = {part: read_text(path, data) for part, path in paths.items()}
+    if not data.val:
+        texts["train"], texts["val"] = split_text(texts["train"], data.val_split)
+    held_out = part_of_text(texts["val"], "validation")
+    for part in texts.keys() - {"val"}:
+        refuse_leaks(part_of_text(texts[part], "training" if part == "train" else part), held_out, data)
     larger = {}
     if config.thinker_ckpt is None:
-        tokenizer = learn_tokenizer(train_text, config.data.vocab_size, config.save_dir / "cache")
+        tokenizer = learn_tokenizer(texts["train"], data.vocab_size, config.save_dir / "cache")
     else:
         tokenizer = load_tokenizer(config.thinker_ckpt)
         larger = {"thinker": checkpoint.fingerprint(Path(config.thinker_ckpt))}
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     thinker = Thinker(model_config)
 
-    def train() -> Stage:
-        tokens, val_tokens = (tokenize(part, tokenizer, config.save_dir / "cache") for part in (train_text, val_text))
-        separate, ctx_len = config.data.separate_documents, model_config.ctx_len
-        windows = packed(tokens, ctx_len, tokenizer, separate)
-        val_windows = packed(val_tokens, ctx_len, tokenizer, separate, in_order=True)
+    def windows(part: str, in_order: bool = False) -> PackedText | PackedDocuments:
+        tokens = tokenize(texts[part], tokenizer, config.save_dir / "cache")
+        return packed(tokens, model_config.ctx_len, tokenizer, data.separate_documents, in_order)
+
+    def stage(part: str, settings: PhaseConfig) -> Stage:
+        val_windows = windows("val", in_order=True)
 
         def evaluate(model: Thinker) -> dict[str, float]:
             likelihood = TextLikelihood(model, tokenizer)
-            for batch in ordered_batches(val_windows, config.train.batch_size, config.run.val_batches):
+            for batch in ordered_batches(val_windows, settings.batch_size, config.run.val_batches):
                 likelihood.add(batch.to(precision.device))
             return likelihood.figures()
 
-        stream = BatchStream(windows, config.train.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        stream = BatchStream(windows(part), settings.batch_size, config.run.seed, num_workers=config.run.num_workers)
         weights = {"tokens": 1.0, "answers": config.answer_weight}
-        return Stage([thinker], stream, loss, evaluate, config.train, weights, unit="tokens")
+        return Stage([thinker], stream, loss, evaluate, settings, weights, unit="tokens")
 
+    phases: list[tuple[str, Callable[[], Stage]]] = [("train", functools.partial(stage, "train", config.train))]
+    if config.primer is not None:
+        phases.insert(0, ("primer", functools.partial(stage, "primer", config.primer)))
     return Run(
         kind="thinker",
         model=thinker,
-        phases=[("train", train)],
+        phases=phases,
         model_config=to_dict(model_config),
         assets={"tokenizer.model": tokenizer.model},
         data_may_change=config.data.on_bad_sample == "skip",
         lineage={
             "tokenizer": tokenizer.hash,
-            "data": {part: data_fingerprint(path) for part, path in sources.items()},
+            "data": {part: data_fingerprint(path) for part, path in paths.items()},
             **larger,
         },
     )

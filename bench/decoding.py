@@ -37,7 +37,7 @@ from omni.features import FeatureStore, cache_of
 from omni.generate import AnswerSettings, Generation
 from omni.load import load_draft, load_omni
 from omni.losses import next_token_loss_sum
-from omni.models.layers import KVCache
+from omni.models.kv_cache import KVCache
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.runtime import setup_compute
 from omni.sampling import Sampling

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.models.layers import Growing, KVCache
+from omni.models.kv_cache import Growing, KVCache
 from omni.models.thinker import Thinker
 from omni.sampling import GREEDY, Chances, Sampling, choose
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omni.models.layers import KVCache
+from omni.models.kv_cache import KVCache
 from omni.models.talker import Talker
 from omni.sampling import GREEDY, Chances, Sampling, choose
 from omni.timing import FramePlan, TalkerText, plan_batch, plan_frames, round_durations, unit_symbols

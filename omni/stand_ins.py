@@ -113,7 +113,7 @@ class _StandIns:
         text = self._some_text(self.values["model"]["ctx_len"], self.data["train"], self.data["vocab_size"])
         path = self.folder / "text.txt"
         path.write_text(text, encoding="utf-8")
-        self.data |= {"train": str(path), "val": str(path)}
+        self.data |= {"train": str(path), "val": str(path), "primer": str(path) if self.data["primer"] else None}
 
     def _hear(self) -> None:
         path = self._recordings(self.data["train"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from omni.models.layers import KVCache
+from omni.models.kv_cache import KVCache
 from omni.models.thinker import Thinker
 from omni.speech_text import SpokenWord
 from omni.tokenizer import Tokenizer, plain_text

@@ -11,7 +11,7 @@ from omni.answer_text import AnswerText
 from omni.data.dialogue import Encoded
 from omni.decoding import Draft, Prompts, Rows
 from omni.generate import Answer, AnswerSettings, Generation, draft_prompts, generate
-from omni.models.layers import Growing, KVCache
+from omni.models.kv_cache import Growing, KVCache
 from omni.models.omni import OmniModel
 from omni.models.thinker import Thinker
 from omni.sampling import Sampling

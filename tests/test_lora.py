@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from omni.config import UserError
-from omni.models.layers import Block, KVCache
+from omni.models.kv_cache import KVCache
+from omni.models.layers import Block
 from omni.models.lora import PROJECTIONS, AdaptedLinear, LoRAConfig, adapters, add_adapters, merged
 from omni.models.thinker import Thinker, ThinkerConfig
 

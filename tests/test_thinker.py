@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from omni import losses
 from omni.losses import next_token_loss_sum
-from omni.models.layers import KVCache
+from omni.models.kv_cache import KVCache
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.tokenizer import IGNORE
 

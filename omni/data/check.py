@@ -33,7 +33,7 @@ _SPEECH = {
     "test_voices": "speech",
 }
 _MANIFESTS = {
-    "thinker": {"train": "text", "val": "text", "test": "text"},
+    "thinker": {"train": "text", "primer": "text", "val": "text", "test": "text"},
     "audio_enc": _SPEECH,
     "vision": {
         "train": "images", "also_train": "images", "val": "images", "test": "images", "test_combinations": "images",
@@ -141,7 +141,7 @@ def _read_task(path: Path) -> _Task:
             if not isinstance(manifest, str) or not manifest:
                 raise UserError(f"{path}: data.{key}: found {manifest!r}, expected a path")
             first = all(known != kind for known, *_ in manifests)
-            manifests.append((kind, manifest, first or key == "also_train"))
+            manifests.append((kind, manifest, first or key in ("also_train", "primer")))
     return _Task(stage, rules, encoder, manifests)
 
 

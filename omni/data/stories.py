@@ -156,8 +156,8 @@ def _digits(world: World, rng: random.Random) -> tuple[str, str]:
 def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
     shares = {
-        "scene": 30, "captions": 4, "story": 10, "story_qa": 5, "people": 20, "numbers": 9, "sums": 6, "facts": 3,
-        "closed": 7, "talk": 5, "echo": 16,
+        "scene": 30, "captions": 3, "story": 8, "story_qa": 4, "people": 16, "numbers": 20, "sums": 8, "facts": 3,
+        "closed": 14, "talk": 5, "echo": 3,
     }  # fmt: skip
     kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "scene":
@@ -184,6 +184,24 @@ def document(world: World, rng: random.Random, split: str) -> str:
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
     return chat_document(list(_short_questions(world, rng, kind)))
+
+
+def primer_document(world: World, rng: random.Random) -> str:
+    """Draw a document for the beginning of stage A: several things or people, and much to look up about them.
+
+    Where there is one thing alone it is enough to know what was said; and where all else is to be learned at the same
+    time, a small Thinker loses the heads that look things up before it needs them (docs/log.md).
+    """
+    if rng.random() < 0.5:
+        asked: dict[str, list[Question]] = {}
+        while not asked or asked["count"][0].answer == NUMBERS[1]:
+            context, asked = written_scene(world, rng, "train")
+        del asked["count"]  # known without looking
+        return chat_document(turns_about(rng, several_questions(rng, asked, 8), context))
+    questions: list[Question] = []
+    while len(questions) <= len(IN_CONTEXT):  # one person
+        questions = [each for some in person_questions(world, rng, IN_CONTEXT).values() for each in some]
+    return chat_document(turns_about(rng, questions))
 
 
 def _scene_document(world: World, rng: random.Random, split: str) -> str:

@@ -12,7 +12,14 @@ from typing import Any
 from omni.data.chats import Chats, Picture, unit
 from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
 from omni.data.recordings import Recorder, Recording, turns_of
-from omni.data.stories import document, free_sentence, grammar_sentence, unheard_sentence, units
+from omni.data.stories import (
+    document,
+    free_sentence,
+    grammar_sentence,
+    primer_document,
+    unheard_sentence,
+    units,
+)
 from omni.data.world import World
 
 
@@ -21,6 +28,7 @@ class Size:
     """How much of everything; validation parts follow from the test parts."""
 
     text_bytes: int
+    primer_bytes: int  # of the text that stage A begins with
     images: int
     images_test: int  # of seen combinations, and as many of held-out ones
     tts_train: int  # recordings in the Talker's voices, some of them in asr_train too
@@ -48,31 +56,36 @@ class Size:
 
 
 _TEST = Size(
-    text_bytes=30_000, images=60, images_test=24, tts_train=16, tts_voices=2, tts_free=4, asr_free=12, asr_grammar=4,
+    text_bytes=30_000, primer_bytes=15_000,
+    images=60, images_test=24, tts_train=16, tts_voices=2, tts_free=4, asr_free=12, asr_grammar=4,
     asr_test=8, tts_test=8, image_chats=20, captions=4, speech_qa=12, image_speech_qa=6, picture_recordings=4, asr=6,
     text_qa=30, text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
 )  # fmt: skip
 _NANO = Size(
-    text_bytes=2_500_000, images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
+    text_bytes=2_500_000, primer_bytes=1_500_000,
+    images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
     asr_grammar=2_600, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
     image_speech_qa=400, picture_recordings=200, asr=2_000, text_qa=1_500, text_chat=300, speech_out=200,
     chats_test=120, spoken_test=100,
     free_words=100,
 )  # fmt: skip
 _MICRO = Size(
-    text_bytes=6_000_000, images=16_000, images_test=300, tts_train=5_000, tts_voices=16, tts_free=2, asr_free=4_000,
+    text_bytes=6_000_000, primer_bytes=2_500_000,
+    images=16_000, images_test=300, tts_train=5_000, tts_voices=16, tts_free=2, asr_free=4_000,
     asr_grammar=1_500, asr_test=300, tts_test=200, image_chats=5_000, captions=1_000, speech_qa=2_400,
     image_speech_qa=1_200, picture_recordings=300, asr=1_400, text_qa=9_000, text_chat=1_400, speech_out=500,
     chats_test=240, spoken_test=200, heldout_words=150, judge=4_000,
 )  # fmt: skip
 _TINY = Size(
-    text_bytes=30_000_000, images=60_000, images_test=500, tts_train=10_000, tts_voices=16, tts_free=2, asr_free=7_000,
+    text_bytes=30_000_000, primer_bytes=6_000_000,
+    images=60_000, images_test=500, tts_train=10_000, tts_voices=16, tts_free=2, asr_free=7_000,
     asr_grammar=4_000, asr_test=600, tts_test=300, image_chats=15_000, captions=3_000, speech_qa=7_000,
     image_speech_qa=3_500, picture_recordings=1_000, asr=4_000, text_qa=25_000, text_chat=4_000, speech_out=1_500,
     chats_test=500, spoken_test=400, heldout_words=150, judge=8_000,
 )  # fmt: skip
 _BASE = Size(
-    text_bytes=100_000_000, images=150_000, images_test=500, tts_train=20_000, tts_voices=24, tts_free=2,
+    text_bytes=100_000_000, primer_bytes=10_000_000,
+    images=150_000, images_test=500, tts_train=20_000, tts_voices=24, tts_free=2,
     asr_free=20_000, asr_grammar=8_000, asr_test=600, tts_test=300, image_chats=40_000, captions=8_000,
     speech_qa=16_000, image_speech_qa=8_000, picture_recordings=2_000, asr=10_000, text_qa=60_000, text_chat=10_000,
     speech_out=4_000, chats_test=500, spoken_test=400, heldout_words=150, judge=8_000,
@@ -125,6 +138,7 @@ def make_plan(size: Size, seed: int, folder: Path) -> Plan:
     _plan_training(plan)
     for split, share in (("val", 0.03), ("test", 0.06), ("train", 1.0)):
         plan.texts[split] = _documents(plan, split, int(size.text_bytes * share))
+    plan.texts["primer"] = _documents(plan, "primer", size.primer_bytes)
     return plan
 
 
@@ -289,14 +303,18 @@ def _any_sentence(world: World, rng: random.Random) -> str:
 
 
 def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:
-    """Draw documents of stage A; those of training are none of the others, and say nothing that a test says."""
+    """Draw documents of stage A; those of training are none of the others, and say nothing that a test says.
+
+    `split` is that of a scene, or `primer`: other documents, for the beginning of the training.
+    """
     rng = plan.rng(f"text/{split}")
     others = {text for documents in plan.texts.values() for text in documents}
     documents: list[str] = []
     total = 0
     while total < num_bytes:
-        text = document(plan.world, rng, split)
-        if text in others or (split == "train" and units(text) & plan.avoid):
+        primer = split == "primer"
+        text = primer_document(plan.world, rng) if primer else document(plan.world, rng, split)
+        if text in others or (split in ("train", "primer") and units(text) & plan.avoid):
             continue
         documents.append(text)
         total += len(text) + 2

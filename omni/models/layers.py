@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from omni.models.kv_cache import KVCache
+
 _kernels: list[str] = []  # the kind of device that operations are chosen for, where it is not the tensor's own
 _PLAIN_LIMIT = 384 * 384  # scores a head; from 512 x 512 on the fused kernel is as fast and needs less memory
 
@@ -126,70 +128,6 @@ def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return x_BTHd * cos.to(x_BTHd.dtype) + turned * sin.to(x_BTHd.dtype)
 
 
-class Growing:
-    """A tensor that grows along one dimension, in memory that is reserved ahead: twice what is needed, when it is full.
-
-    Appending copies what is new and nothing else. For decoding alone: memory is written over, which autograd forbids.
-
-    Args:
-        dim: the dimension that grows.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.length = 0
-        self._dim = dim
-        self._memory: torch.Tensor | None = None
-
-    def append(self, x: torch.Tensor) -> torch.Tensor:
-        """Put ``x`` behind what is there; returns everything, valid until the next call of :meth:`cut`."""
-        assert not (x.requires_grad and torch.is_grad_enabled()), "what grows has no gradient; wrap it in no_grad"
-        size = x.shape[self._dim]
-        if self._memory is None or self.length + size > self._memory.shape[self._dim]:
-            shape = list(x.shape)
-            shape[self._dim] = max(2 * (self.length + size), 64)
-            memory = x.new_empty(shape)
-            if self._memory is not None:
-                memory.narrow(self._dim, 0, self.length).copy_(self.whole)
-            self._memory = memory
-        self._memory.narrow(self._dim, self.length, size).copy_(x)
-        self.length += size
-        return self.whole
-
-    @property
-    def whole(self) -> torch.Tensor:
-        """Everything that was appended and not cut off."""
-        assert self._memory is not None
-        return self._memory.narrow(self._dim, 0, self.length)
-
-    def cut(self, length: int) -> None:
-        """Forget all but the first ``length``."""
-        assert 0 <= length <= self.length
-        self.length = length
-
-
-class KVCache:
-    """Keys and values of all positions so far, for every layer of one model."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._layers = [(Growing(2), Growing(2)) for _ in range(num_layers)]
-
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self._layers[0][0].length
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [B, H, T, d] of new positions; returns those of all positions."""
-        keys, values = self._layers[layer]
-        return keys.append(k), values.append(v)
-
-    def cut(self, length: int) -> None:
-        """Forget all positions but the first ``length``."""
-        for pair in self._layers:
-            for part in pair:
-                part.cut(length)
-
-
 def attend(
     q_BHTd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSd: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
@@ -223,9 +161,11 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads and RMSNorm on queries and keys (as in Qwen3)."""
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, layer: int, causal: bool) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int, layer: int, causal: bool, head_dim: int | None = None
+    ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.layer, self.causal = layer, causal
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
@@ -357,10 +297,11 @@ class Block(nn.Module):
         num_kv_heads: int | None = None,
         conv_kernel: int = 0,
         dropout: float = 0.0,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(dim)
-        self.self_attn = Attention(dim, num_heads, num_kv_heads or num_heads, layer, causal)
+        self.self_attn = Attention(dim, num_heads, num_kv_heads or num_heads, layer, causal, head_dim)
         self.conv = ConvModule(dim, conv_kernel) if conv_kernel else None
         self.post_attention_layernorm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, hidden_dim)

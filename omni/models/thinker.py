@@ -15,10 +15,10 @@ from torch import nn
 
 from omni.config import Problem
 from omni.models.attention_heads import start_by_copying, start_with_tasks
+from omni.models.kv_cache import KVCache
 from omni.models.layers import (
     Attention,
     Block,
-    KVCache,
     RMSNorm,
     RotaryPositions,
     check_finite,
@@ -38,15 +38,27 @@ class ThinkerConfig:
     num_heads: int = 4
     num_kv_heads: int = 2
     hidden_dim: int = 768
+    head_dim: int = 0  # 0: dim / num_heads
     rope_theta: float = 10000.0
     dropout: float = 0.0
 
     def problems(self) -> Iterator[Problem]:
         """Shapes that cannot be built."""
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            yield Problem("dim", f"{self.dim} with {self.num_heads} heads", "an even multiple of num_heads")
+        if not self.head_dim and (self.dim % self.num_heads or self.head_size % 2):
+            yield Problem(
+                "dim", f"{self.dim} with {self.num_heads} heads", "an even multiple of num_heads, or head_dim"
+            )
+        if self.head_dim < 0 or self.head_dim % 2 or self.head_dim > self.dim:
+            yield Problem(
+                "head_dim", str(self.head_dim), f"an even number up to dim ({self.dim}), or 0: dim / num_heads"
+            )
         if self.num_heads % self.num_kv_heads:
             yield Problem("num_kv_heads", str(self.num_kv_heads), f"a divisor of num_heads ({self.num_heads})")
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a head's query."""
+        return self.head_dim or self.dim // self.num_heads
 
 
 @dataclass
@@ -79,11 +91,12 @@ class Thinker(nn.Module):
                 causal=True,
                 num_kv_heads=config.num_kv_heads,
                 dropout=config.dropout,
+                head_dim=config.head_size,
             )
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.dim)
-        self.rotary = RotaryPositions(config.dim // config.num_heads, config.rope_theta)
+        self.rotary = RotaryPositions(config.head_size, config.rope_theta)
         init_weights(self)
         # rows of length 1, and layers that say nothing at first: a token's identity stands alone in the residual
         # stream, where circuits that copy and look up find it. A last norm below 1 keeps the tied logits from
