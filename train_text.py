@@ -29,6 +29,7 @@ from omni.data.text import (
     PackedDocuments,
     PackedText,
     TextBatch,
+    beside,
     learn_tokenizer,
     packed,
     read_text,
@@ -40,7 +41,7 @@ from omni.lineage import data_fingerprint
 from omni.load import load_tokenizer
 from omni.losses import next_token_losses
 from omni.models.thinker import Thinker, ThinkerConfig
-from omni.runtime import Precision
+from omni.runtime import Precision, log
 from omni.training_utils import Run, Stage, run_stage
 
 
@@ -49,7 +50,7 @@ class TextData(SplitDataConfig):
     """Where the text is."""
 
     test: str | None = None  # for `omni eval`; by default the validation text
-    primer: str | None = None  # what phase `primer` learns from, before all else
+    primer: str | None = None  # a text beside `train`, to begin with; where there is none, phase `primer` is left out
     vocab_size: int = 1024  # of the tokenizer that is learned; fewer on a small corpus
     separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
@@ -66,9 +67,9 @@ class TextConfig(StageConfig):
     thinker_ckpt: str | None = None  # whose tokenizer is taken instead of learning one: this one shall be its draft
 
     def problems(self) -> Iterator[Problem]:
-        """A phase without its text, or the reverse."""
-        if (self.primer is None) != (self.data.primer is None):
-            yield Problem("data.primer", "primer without data.primer or the reverse", "both or neither")
+        """A text without its phase."""
+        if self.data.primer and self.primer is None:
+            yield Problem("data.primer", "a text, and no phase `primer`", "how long and how fast to learn from it")
 
 
 def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
@@ -81,7 +82,10 @@ def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
 def build(config: TextConfig, precision: Precision) -> Run:
     """The Thinker and its phases."""
     data = config.data
-    paths = {"train": data.train} | {part: path for part in ("val", "primer") if (path := getattr(data, part))}
+    primer = beside(data.train, data.primer)
+    paths = {"train": data.train} | {part: path for part, path in (("val", data.val), ("primer", primer)) if path}
+    if data.primer and primer is None:
+        log.info("no %s beside %s: phase primer is left out", data.primer, data.train)
     texts = {part: read_text(path, data) for part, path in paths.items()}
     if not data.val:
         texts["train"], texts["val"] = split_text(texts["train"], data.val_split)
@@ -115,7 +119,7 @@ def build(config: TextConfig, precision: Precision) -> Run:
         return Stage([thinker], stream, loss, evaluate, settings, weights, unit="tokens")
 
     phases: list[tuple[str, Callable[[], Stage]]] = [("train", functools.partial(stage, "train", config.train))]
-    if config.primer is not None:
+    if config.primer is not None and primer is not None:
         phases.insert(0, ("primer", functools.partial(stage, "primer", config.primer)))
     return Run(
         kind="thinker",

@@ -23,8 +23,7 @@ _STATES_A_SECOND = 25
 def data_memory(kind: str, values: dict[str, Any]) -> int | None:
     """Bytes of decoded data that the stage which leaves ``<kind>.pt`` keeps; None where the data are not there yet."""
     data = values["data"]
-    named = ("train", "val", "primer") if kind == "thinker" else ("train", "val")
-    paths = [data[key] for key in named if data[key]]
+    paths = [path for path in (data["train"], data["val"]) if path]
     if not all(Path(path).exists() for path in paths):
         return None
     if kind == "thinker":

@@ -30,6 +30,7 @@ def config(tmp_path: Path) -> Path:
     path = write_config("A", tmp_path / "nowhere", tmp_path, tmp_path)
     values = json.loads(path.read_text())
     values["name"] = "thinker_small"
+    del values["primer"], values["data"]["primer"]
     values["train"]["gradient_accumulation_steps"] = 2
     path.write_text(json.dumps(values))
     return path

@@ -145,7 +145,7 @@ def small_config(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     shape = {"dim": 32, "num_layers": 1, "num_heads": 2, "hidden_dim": 64}
     if path.stem.startswith("thinker"):
         values["data"]["vocab_size"] = 400
-        values["model"].update(shape, num_kv_heads=1, ctx_len=128)
+        values["model"].update(shape, head_dim=0, num_kv_heads=1, ctx_len=128)
     elif path.stem.startswith("audio"):
         values["model"].update(shape)
     elif path.stem.startswith("vision"):

@@ -182,7 +182,7 @@ def test_recordings_beyond_the_memory_are_the_same(tmp_path: Path, monkeypatch: 
     (tmp_path / "x.csv").write_text("wav,text\na.wav,one\nb.wav,two\nc.wav,three\n")
     rows = read_speech_manifest(tmp_path / "x.csv")
     kept = Recordings(rows, MelConfig())
-    monkeypatch.setattr("omni.data.speech._CACHE_BYTES", 2 * 80 * 60)
+    monkeypatch.setattr("omni.data.speech.CACHE_BYTES", 2 * 80 * 60)
     some = Recordings(rows, MelConfig())
     assert (len(kept._kept), len(some._kept)) == (3, 1) and kept.num_frames == some.num_frames == [50] * 3
     assert all(torch.equal(kept.frames(index), some.frames(index)) for index in range(3))

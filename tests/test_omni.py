@@ -9,7 +9,8 @@ import sft_omni
 from omni.checkpoint import save_checkpoint
 from omni.config import UserError
 from omni.data.dialogue import Encoded, collate_chats
-from omni.generate import Decoding, embed_batch
+from omni.decoding import Decoding, Prompts
+from omni.generate import embed_batch
 from omni.losses import next_token_loss_sum
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -166,7 +167,7 @@ def test_placeholders_and_features_must_agree():
 def test_cached_decoding_is_the_argmax_of_a_full_pass(model):
     batch = batch_of(model, chats()[:1], left=True)
     x = embed_batch(model, batch)
-    found = torch.stack(list(Decoding(model.thinker, x, batch.valid_BT).tokens(END, 8)), 1)[0]
+    found = torch.tensor([run[0] for (run,) in Decoding(model.thinker, Prompts(x, batch.valid_BT)).runs(8)])
     for token in found:
         with torch.no_grad():
             logits = model.thinker.logits(model.thinker(x).final_BTD[:, -1])

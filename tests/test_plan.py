@@ -118,6 +118,8 @@ def shaped(letter: str, world: Path, folder: Path, batch_size: int, model: dict[
     values = json.loads(path.read_text())
     prefix = {"A": "thinker", "B": "audio_enc"}[letter]
     values["name"] = f"{prefix}_wide"
+    if letter == "A":
+        del values["primer"], values["data"]["primer"]
     values["model"] |= model
     values["train"] |= {"batch_size": batch_size, "max_steps": 2, "gradient_accumulation_steps": 1}
     values["run"] |= {"val_freq": 10, "checkpoint_freq": 10}
@@ -168,6 +170,7 @@ def text_config(babble: Path, folder: Path, **train: Any) -> Path:
     values["data"] |= {"train": str(babble / "text.txt"), "val": str(babble / "text.txt"), "vocab_size": 320}
     values["data"] |= {"allow_leaks": True}
     values["train"] |= {"max_steps": 3, **train}
+    del values["primer"], values["data"]["primer"]
     path.write_text(json.dumps(values))
     return path
 

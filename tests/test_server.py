@@ -139,7 +139,7 @@ def test_spoken_answers(client: openai.OpenAI) -> None:
     heard = [chunk.choices[0].delta.audio for chunk in chunks if chunk.choices[0].delta.audio]
     assert "".join(part.transcript or "" for part in heard) == plain and heard[-1].expires_at
     pieces = [base64.b64decode(part.data) for part in heard if part.data]
-    assert b"".join(pieces) == base64.b64decode(raw) and len(pieces) > 2
+    assert b"".join(pieces) == base64.b64decode(raw) and len(pieces) > 1
     assert abs(len(b"".join(pieces)) / 2 / RAW_RATE - len(wave) / 16000) < 0.01
     # the answer, sent back as the client gave it
     history = [{"role": "user", "content": "what is it ?"}, whole.model_dump(), {"role": "user", "content": "and ?"}]

@@ -167,7 +167,7 @@ def test_all_bad_entries_are_listed_before_training(tmp_path: Path) -> None:
 def test_pictures_beyond_the_memory_limit_are_the_same(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = read_image_manifest(world / "train.json")
     kept = Pictures(rows, 32)
-    monkeypatch.setattr(images, "_CACHE_BYTES", 3 * 32 * 32 * 5)
+    monkeypatch.setattr(images, "CACHE_BYTES", 3 * 32 * 32 * 5)
     some = Pictures(rows, 32)
     assert len(some._pixels) == 5
     assert all((kept.pixels(index) == some.pixels(index)).all() for index in range(len(rows)))

@@ -15,7 +15,7 @@ from omni.data.images import load_image, scan_image_manifest
 from omni.data.leaks import Leaks, Part, find_leaks, part_of_chats, part_of_rows, part_of_text
 from omni.data.manifest import Row, first_problems, problems_of
 from omni.data.speech import scan_speech_manifest
-from omni.data.text import scan_text
+from omni.data.text import beside, scan_text
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.parallel import map_small
 from omni.speech_text import spoken_words
@@ -130,6 +130,9 @@ def _read_task(path: Path) -> _Task:
     if stage.kind == "audio_enc":
         encoder = from_dict(AudioEncoderConfig, values.get("model", {}), f"{path}: model")
     found = {key: data[key] for key in _MANIFESTS[stage.kind] if key in data and data[key] is not None}
+    if "primer" in found and isinstance(data["train"], str):
+        found["primer"] = beside(data["train"], str(found["primer"]))
+        found = {key: named for key, named in found.items() if named is not None}
     if "train" not in found:
         raise UserError(f"{path}: data: names no train, expected a manifest")
     manifests: list[tuple[str, str, bool]] = []

@@ -131,6 +131,12 @@ def pieces(line: str) -> Iterator[str]:
     yield line[start:]
 
 
+def beside(path: str, name: str | None) -> str | None:
+    """A file's path in the folder of another (an absolute one stays what it is); None where there is no such file."""
+    found = Path(path).parent / name if name else None
+    return str(found) if found and found.exists() else None
+
+
 def learn_tokenizer(text: str, vocab_size: int, cache: Path) -> Tokenizer:
     """The tokenizer of a text, learned once and kept in ``cache``."""
     key = hashlib.sha256(f"{vocab_size}\n{text}".encode()).hexdigest()[:16]

@@ -47,7 +47,7 @@ class Script:
 
 
 STAGES = {
-    "A": Script("train_text", "TextConfig", "thinker", ("train",), 30),
+    "A": Script("train_text", "TextConfig", "thinker", ("primer", "train"), 15),
     "B": Script("train_audio_enc", "AudioConfig", "audio_enc", ("train",), 30),
     "C": Script("train_vision", "VisionStageConfig", "vision", ("train",), 30),
     "D": Script("train_talker", "SpeechStageConfig", "talker", ("codec", "vocoder", "talker"), 10),
