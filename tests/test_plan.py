@@ -23,7 +23,7 @@ from omni.planning import Wish, automatic_phases, plan_config, settle_batch_size
 from omni.step_cost import LiveBytes, flop_counter
 from omni.training_utils import run_stage
 from tests.chaos.small_stages import write_config
-from tests.conftest import ROOT, write_tone
+from tests.conftest import ROOT
 
 # ---- counting ----
 
@@ -145,20 +145,6 @@ def test_foretold_memory_of_text_is_what_a_run_takes(babble: Path, tmp_path: Pat
     values["data"] |= {"train": str(babble / "text.txt"), "val": str(babble / "text.txt"), "vocab_size": 320}
     path.write_text(json.dumps(values))
     check_prediction(path, "train_text.py", tmp_path / "run")
-
-
-def test_foretold_memory_of_speech_is_what_a_run_takes(tmp_path: Path) -> None:
-    lines = ["wav,text,speaker"]
-    for number in range(32):
-        write_tone(tmp_path / f"{number}.wav", 4.0, 200 + 10 * number)
-        lines.append(f"{number}.wav,the red circle is above it,s")
-    (tmp_path / "asr.csv").write_text("\n".join(lines) + "\n")
-    path = shaped("B", tmp_path, tmp_path, 32, {"dim": 64, "num_layers": 4, "hidden_dim": 192, "reduction": 1})
-    values = json.loads(path.read_text())
-    values["data"] |= {"train": str(tmp_path / "asr.csv"), "val": str(tmp_path / "asr.csv")}
-    values["model"]["steps_per_state"] = 1
-    path.write_text(json.dumps(values))
-    check_prediction(path, "train_audio_enc.py", tmp_path / "run")
 
 
 # ---- the command, "auto", and out of memory ----
