@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def typed(*lines: str) -> Callable[[str], str]:
+    """What a person types, line by line, and then the end of the input."""
+    left = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
 def talk(assistant: Assistant, lines: list[str], **changes: object) -> str:
     """Everything that a chat shows for these lines."""
     shown: list[str] = []
-    given: Iterator[str] = iter(lines)
+    given = typed(*lines)
 
     def read(prompt: str) -> str:
-        line = next(given, None)
-        if line is None:
-            raise EOFError
+        line = given(prompt)
         shown.append(f"{prompt}{line}\n")
         return line
 
@@ -183,14 +194,7 @@ def test_stopping_an_answer(assistant: Assistant, monkeypatch: pytest.MonkeyPatc
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = toy_omni.save(tmp_path / "omni.pt", "griffin_lim")
-    lines = iter(["who ?"])
-
-    def read(prompt: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
+    read = typed("who ?")
     monkeypatch.setattr("builtins.input", read)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu"]
     assert main(["chat", *words, "--speak", "--out", str(tmp_path), "--max-tokens", "6"]) == 0
@@ -219,15 +223,7 @@ def test_with_a_draft_the_chat_says_the_same(
     monkeypatch.setattr(Decoding, "runs", lambda self, most: (guessed.append(self), plainly(self, most))[1])
 
     def said(*words: str) -> str:
-        lines = iter(["how many squares are there ?", "who has the ball ?"])
-
-        def read(prompt: str) -> str:
-            try:
-                return next(lines)
-            except StopIteration:
-                raise EOFError from None
-
-        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("builtins.input", typed("how many squares are there ?", "who has the ball ?"))
         assert main(["chat", "--checkpoint", str(checkpoint), "--device", "cpu", "--max-tokens", "12", *words]) == 0
         return capsys.readouterr().out
 

@@ -8,24 +8,22 @@ import pytest
 import torch
 
 from omni.answer_text import AnswerText
-from omni.data.dialogue import Encoded
 from omni.decoding import Draft, Prompts, Rows
 from omni.generate import Answer, AnswerSettings, Generation, draft_prompts, generate
 from omni.models.kv_cache import Growing, KVCache
 from omni.models.omni import OmniModel
 from omni.models.thinker import Thinker
 from omni.sampling import Sampling
-from omni.tokenizer import AUDIO, IMAGE, Tokenizer
+from omni.tokenizer import AUDIO, IMAGE
 from tests import toy_omni
+from tests.toy_omni import Toy
 
 DRAWN = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=5)
-Toy = tuple[OmniModel, Tokenizer, list[Encoded], toy_omni.Noise]
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    model, tokenizer = toy_omni.build()
-    return model, tokenizer, toy_omni.prompts(model, tokenizer), toy_omni.Noise(model.config.vision_encoder.num_patches)
+    return toy_omni.with_prompts()
 
 
 class Sayer(Thinker):

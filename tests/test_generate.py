@@ -8,19 +8,17 @@ import torch
 from omni.answer_text import AnswerText
 from omni.data.dialogue import Encoded, collate_chats
 from omni.generate import Answer, AnswerSettings, Generation, embed_batch, generate
-from omni.models.omni import OmniModel
 from omni.sampling import Chances, Sampling, choose
 from omni.tokenizer import Tokenizer
 from tests import toy_omni
+from tests.toy_omni import Toy
 
 DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=5)
-Toy = tuple[OmniModel, Tokenizer, list[Encoded], toy_omni.Noise]
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    model, tokenizer = toy_omni.build()
-    return model, tokenizer, toy_omni.prompts(model, tokenizer), toy_omni.Noise(model.config.vision_encoder.num_patches)
+    return toy_omni.with_prompts()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])

@@ -111,6 +111,15 @@ class Noise:
         return torch.randn(size, self.dim, generator=torch.Generator().manual_seed(seed))
 
 
+Toy = tuple[OmniModel, Tokenizer, list[Encoded], Noise]
+
+
+def with_prompts() -> Toy:
+    """The model, its tokenizer, prompts, and the features of what they show."""
+    model, tokenizer = build()
+    return model, tokenizer, prompts(model, tokenizer), Noise(model.config.vision_encoder.num_patches)
+
+
 def prompts(model: OmniModel, tokenizer: Tokenizer) -> list[Encoded]:
     """Five prompts of unequal lengths: text, a picture, a recording, both, and two pictures about a recording."""
     start, end, begin = (tokenizer.special[mark] for mark in ("<|user|>", "<|end|>", "<|assistant|>"))

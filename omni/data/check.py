@@ -130,11 +130,11 @@ def _read_task(path: Path) -> _Task:
     if stage.kind == "audio_enc":
         encoder = from_dict(AudioEncoderConfig, values.get("model", {}), f"{path}: model")
     found = {key: data[key] for key in _MANIFESTS[stage.kind] if key in data and data[key] is not None}
-    if "primer" in found and isinstance(data["train"], str):
-        found["primer"] = beside(data["train"], str(found["primer"]))
-        found = {key: named for key, named in found.items() if named is not None}
     if "train" not in found:
         raise UserError(f"{path}: data: names no train, expected a manifest")
+    if "primer" in found:
+        found["primer"] = beside(str(found["train"]), str(found["primer"]))
+        found = {key: named for key, named in found.items() if named is not None}  # without its text, no phase
     manifests: list[tuple[str, str, bool]] = []
     for key, named in found.items():
         kind = _MANIFESTS[stage.kind][key]
