@@ -98,24 +98,55 @@ SPOKEN_SCENES = {
 QUESTIONS = {
     "add": ("what is {a} plus {b}?", "how much is {a} plus {b}?", "can you add {a} and {b}?"),
     "subtract": ("what is {a} minus {b}?", "how much is {a} minus {b}?", "can you take {b} away from {a}?"),
-    "successor": ("what number comes after {x}?", "which number follows {x}?", "what is the next number after {x}?"),
+    # of each fact one wording is kept for the test: what a wording means has to be learned from other facts
+    "successor": (
+        "what number comes after {x}?",
+        "which number follows {x}?",
+        "what is the next number after {x}?",
+        "what do you count after {x}?",
+        "which number is right after {x}?",
+        "{x}, and what number then?",
+    ),
     "predecessor": (
         "what number comes before {x}?",
         "which number is right before {x}?",
         "what is the last number before {x}?",
+        "what do you count before {x}?",
+        "{x} is the number after what?",
+        "which number does {x} follow?",
     ),
-    "day_after": ("what day comes after {x}?", "which day follows {x}?", "if today is {x}, what day is tomorrow?"),
+    "day_after": (
+        "what day comes after {x}?",
+        "which day follows {x}?",
+        "if today is {x}, what day is tomorrow?",
+        "what is the next day after {x}?",
+        "which day is right after {x}?",
+        "{x}, and what day then?",
+    ),
     "day_before": (
         "what day comes before {x}?",
         "which day is right before {x}?",
         "if today is {x}, what day was yesterday?",
+        "what is the last day before {x}?",
+        "{x} is the day after what?",
+        "which day does {x} follow?",
     ),
     "opposite": (
         "what is the opposite of {x}?",
         "can you tell me the opposite of {x}?",
         "{x} is the opposite of what?",
+        "which word is the opposite of {x}?",
+        "what is not {x}, but the opposite?",
+        "do you know the opposite of {x}?",
     ),
-    "sound": ("what sound does a {x} make?", "what does a {x} say?", "can you tell me the sound of a {x}?"),
+    "sound": (
+        "what sound does a {x} make?",
+        "what does a {x} say?",
+        "can you tell me the sound of a {x}?",
+        "which sound do you hear from a {x}?",
+        "do you know what a {x} says?",
+        "what is the sound of a {x}?",
+    ),
 }
 STATEMENTS = {
     "add": ("{a} plus {b} is {y}.", "{a} plus {b} makes {y}.", "if you add {a} and {b}, you get {y}."),

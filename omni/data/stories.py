@@ -156,8 +156,8 @@ def _digits(world: World, rng: random.Random) -> tuple[str, str]:
 def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
     shares = {
-        "scene": 30, "captions": 3, "story": 8, "story_qa": 4, "people": 16, "numbers": 20, "sums": 8, "facts": 3,
-        "closed": 14, "talk": 5, "echo": 3,
+        "scene": 28, "captions": 3, "story": 8, "story_qa": 3, "people": 14, "numbers": 20, "sums": 8, "facts": 3,
+        "closed": 14, "talk": 4, "echo": 9,
     }  # fmt: skip
     kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "scene":
