@@ -1,6 +1,7 @@
-"""Stage D of five: speech output, trained from random weights: codec, vocoder and speaker encoder, Talker.
+"""Stage D of five: speech output, trained from random weights: codec, speaker encoders, vocoder, Talker.
 
-Why: the codec gives speech an alphabet, the Talker writes in it what the Thinker says, the vocoder makes it sound.
+Why: the codec gives speech an alphabet, the Talker writes in it what the Thinker says in the voice that a speaker
+encoder describes, the vocoder makes it sound (Griffin-Lim, or a trained one: ``model.vocoder_kind``).
 
     python train_talker.py --config configs/talker_nano.json
 
@@ -14,6 +15,7 @@ reconstruction and use of the codes (``omni eval --stage codec``).
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,9 +28,9 @@ from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
 from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, from_dict, to_dict
 from omni.data.parts import read_parts
 from omni.data.speech import scan_speech_manifest
-from omni.data.stream import BatchStream, ordered_batches
-from omni.data.voices import CropBatch, Crops, Sentences, VoiceBatch, VoiceCrops, Voices
-from omni.evaluate.speech_validation import validate_codec, validate_vocoder
+from omni.data.stream import BatchStream, Samples, ordered_batches
+from omni.data.voices import CropBatch, Crops, PairBatch, Pairs, Voices, WaveBatch, WaveCrops
+from omni.evaluate.speech_validation import validate_codec, validate_speaker, validate_vocoder
 from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.speaker import speaker_loss_sum
@@ -64,11 +66,16 @@ class SpeechStageConfig(StageConfig):
     val_sentences: int = 16  # generated and graded at each validation of the Talker
     model: SpeechConfig = field(default_factory=SpeechConfig)
     codec: PhaseConfig
-    vocoder: PhaseConfig
+    speaker: PhaseConfig
+    vocoder: PhaseConfig | None = None  # where model.vocoder_kind is "istft"; Griffin-Lim needs no training
     talker: PhaseConfig
 
     def problems(self) -> Iterator[Problem]:
-        """Crops that cannot be coded."""
+        """Crops that cannot be coded, a vocoder that is never trained, a phase that trains none."""
+        if (self.vocoder is None) == (self.model.vocoder_kind == "istft"):
+            expected = "a phase that trains it" if self.vocoder is None else "none"
+            why = f"{expected}, since model.vocoder_kind is {self.model.vocoder_kind}"
+            yield Problem("vocoder", "none" if self.vocoder is None else "a phase", why)
         for key in ("codec_frames", "vocoder_frames"):
             if getattr(self.data, key) % self.model.codec.reduction:
                 expected = f"a multiple of model.codec.reduction ({self.model.codec.reduction})"
@@ -82,18 +89,23 @@ def codec_loss(model: SpeechModel, batch: CropBatch) -> dict[str, torch.Tensor]:
     return {"mel": mel, "commitment": output.commitment_sum * model.config.codec.reduction}
 
 
-def vocoder_loss(model: SpeechModel, batch: VoiceBatch) -> dict[str, torch.Tensor]:
-    """Spectral loss of the waveform, half of the frames decoded from codes; contrastive losses of the speakers."""
-    half = ranks.rows_before(batch.counts["crops"] // 2, len(batch.frames_BFM))
+def speaker_loss(model: SpeechModel, batch: PairBatch) -> dict[str, torch.Tensor]:
+    """Contrastive losses of the speaker encoder that conditions the Talker and of the one that grades it."""
+    speakers, grader = (
+        speaker_loss_sum(encoder, encoder(batch.first_BFM), encoder(batch.second_BFM), batch.speaker_B)
+        for encoder in (model.speaker, model.grader)
+    )
+    return {"speakers": speakers, "grader": grader}
+
+
+def vocoder_loss(model: SpeechModel, batch: WaveBatch) -> dict[str, torch.Tensor]:
+    """Spectral loss of the waveform, half of the frames decoded from codes."""
+    assert model.vocoder is not None, "SpeechStageConfig.problems has seen to it"
+    half = ranks.rows_before(batch.counts["spectrum"] // 2, len(batch.frames_BFM))
     with torch.no_grad():
         decoded = model.codec(batch.frames_BFM[:half]).frames_BFM.float()
     wave_BS = model.vocoder(torch.cat([decoded, batch.frames_BFM[half:]]))
-    speakers = [
-        speaker_loss_sum(encoder, encoder(batch.first_BFM), encoder(batch.second_BFM), batch.speaker_B)
-        for encoder in (model.speaker, model.grader)
-    ]
-    spectrum = spectral_loss_sum(wave_BS, batch.wave_BS)
-    return {"spectrum": spectrum, "speakers": speakers[0], "grader": speakers[1]}
+    return {"spectrum": spectral_loss_sum(wave_BS, batch.wave_BS)}
 
 
 def load_encoder(config: SpeechStageConfig, precision: Precision) -> AudioEncoder:
@@ -116,7 +128,7 @@ def load_mind(config: SpeechStageConfig, precision: Precision) -> Mind | None:
 
 
 def build(config: SpeechStageConfig, precision: Precision) -> Run:
-    """One module with four parts, and its three phases."""
+    """One module with its parts, and a phase for each of them that is trained."""
     parts = read_parts(scan_speech_manifest, "wav", "text", config.data)
     encoder, mind = load_encoder(config, precision), load_mind(config, precision)
     training, validation = (Voices(part, config.model.mel, config.data) for part in (parts.training, parts.validation))
@@ -124,14 +136,14 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
     model, run = SpeechModel(model_config), config.run
     left_out = parts.left_out + training.recordings.left_out
 
-    def evaluation(function: Callable[..., dict[str, float]], samples: Crops | VoiceCrops | Sentences) -> Callable:
+    def evaluation(function: Callable[..., dict[str, float]], samples: Samples) -> Callable:
         def evaluate(model: SpeechModel) -> dict[str, float]:
             batches = ordered_batches(samples, 16, run.val_batches, rules=config.data)
             return function(model, (batch.to(precision.device) for batch in batches))
 
         return evaluate
 
-    def batches(samples: Crops | VoiceCrops, phase: PhaseConfig) -> BatchStream:
+    def batches(samples: Samples, phase: PhaseConfig) -> BatchStream:
         workers = run.num_workers
         return BatchStream(samples, phase.batch_size, run.seed, None, workers, rules=config.data, left_out=left_out)
 
@@ -143,15 +155,19 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
             config.codec, {"mel": 1.0, "commitment": 0.25}, "frames", quantizer.update, quantizer.discard,
         )  # fmt: skip
 
-    def vocoder() -> Stage:
-        samples = [
-            VoiceCrops(part, config.data.vocoder_frames, config.data.speaker_frames) for part in (training, validation)
-        ]
-        stream = batches(samples[0], config.vocoder)
+    def speaker() -> Stage:
+        samples = [Pairs(part, config.data.speaker_frames) for part in (training, validation)]
         return Stage(
-            [model.vocoder, model.speaker, model.grader], stream, vocoder_loss,
-            evaluation(validate_vocoder, samples[1]), config.vocoder,
-            {"spectrum": 1.0, "speakers": 0.5, "grader": 0.5}, "crops",
+            [model.speaker, model.grader], batches(samples[0], config.speaker), speaker_loss,
+            evaluation(validate_speaker, samples[1]), config.speaker, {"speakers": 1.0, "grader": 1.0}, "frames",
+        )  # fmt: skip
+
+    def vocoder(phase: PhaseConfig) -> Stage:
+        assert model.vocoder is not None, "SpeechStageConfig.problems has seen to it"
+        samples = [WaveCrops(part, config.data.vocoder_frames) for part in (training, validation)]
+        return Stage(
+            [model.vocoder], batches(samples[0], phase), vocoder_loss, evaluation(validate_vocoder, samples[1]), phase,
+            {"spectrum": 1.0}, "frames",
         )  # fmt: skip
 
     def talker() -> Stage:
@@ -160,10 +176,13 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
             config.val_sentences, parts.left_out,
         )  # fmt: skip
 
+    phases: list[tuple[str, Callable[[], Stage]]] = [("codec", codec), ("speaker", speaker), ("talker", talker)]
+    if config.vocoder is not None:
+        phases.insert(2, ("vocoder", functools.partial(vocoder, config.vocoder)))
     return Run(
         kind="talker",
         model=model,
-        phases=[("codec", codec), ("vocoder", vocoder), ("talker", talker)],
+        phases=phases,
         model_config=to_dict(model_config),
         data_may_change=config.data.on_bad_sample == "skip",
         lineage={

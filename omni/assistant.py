@@ -22,7 +22,7 @@ from omni.decoding import Draft
 from omni.evaluate.audio_enc import transcribe
 from omni.features import encode_frames, encode_pixels
 from omni.generate import AnswerSettings, Generation
-from omni.generate_speech import Mind, embed_speakers, speak
+from omni.generate_speech import Mind, embed_speakers
 from omni.load import load_draft, load_omni
 from omni.models.omni import OmniModel
 from omni.prompt_pieces import PromptPiece, prompt_pieces
@@ -160,7 +160,6 @@ class Assistant:
         self.model, self.tokenizer, self.name, self.draft = model, tokenizer, name, draft
         speech = model.speech.config
         self.voices, self.sample_rate = speech.voices, speech.mel.sample_rate
-        self.streams_speech = speech.vocoder_kind == "istft"
         self.ctx_len = model.thinker.config.ctx_len
 
     @classmethod
@@ -237,17 +236,14 @@ class Assistant:
             self.model.speech.voice(name)
 
     def say(self, pieces: Iterable[str], voice: Voice) -> Iterator[torch.Tensor]:
-        """Yield the samples [S] of a text, at ``sample_rate``, while it still arrives where the vocoder can stream.
+        """Yield the samples [S] of a text, at ``sample_rate``, while it still arrives.
 
         Raises:
             UserError: when there is nothing to speak, or no such voice.
         """
         speech, speaker_E = self.model.speech, self._speaker(voice)
         mind: Mind | None = (self.model.thinker, self.tokenizer) if speech.config.talker.state_dim else None
-        if self.streams_speech:
-            yield from stream_speech(speech, pieces, speaker_E, mind, voice.sampling, voice.speed)
-        else:
-            yield speak(speech, ["".join(pieces)], speaker_E[None], mind, voice.sampling, voice.speed)[0].wave
+        yield from stream_speech(speech, pieces, speaker_E, mind, voice.sampling, voice.speed)
 
     def say_answer(self, pieces: Iterable[str], voice: Voice) -> Iterator[torch.Tensor]:
         """The same for what the model says; an answer without words is a quarter of a second of silence."""

@@ -152,7 +152,7 @@ def small_config(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         values["model"].update(shape, text_dim=32, text_layers=1)
     elif path.stem.startswith("talker"):
         part = {"dim": 32, "num_layers": 1}
-        values["model"].update(codec={"reduction": 3, **part}, vocoder=part, talker=shape)
+        values["model"].update(codec={"reduction": 3, **part}, talker=shape)
         values["val_sentences"] = 2
     else:
         values["data"]["val_questions"] = 4

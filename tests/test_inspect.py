@@ -162,12 +162,11 @@ def test_amounts_are_what_was_heard_and_seen() -> None:
     assert amounts(facts_of(seen={"train.frames": 360_000}, model_config={"mel": mel})) == [
         "1.00 h of audio (360,000 frames)"
     ]
-    seen = {"codec.frames": 6000, "vocoder.crops": 100, "talker.frames": 2000}
-    config = {"name": "talker_x", "data": {"vocoder_frames": 48}}
+    seen = {"codec.frames": 6000, "vocoder.frames": 4800, "talker.frames": 2000}
     model = {"mel": mel, "codec": {"reduction": 3}}
-    assert amounts(facts_of(seen=seen, config=config, model_config=model)) == [
+    assert amounts(facts_of(seen=seen, model_config=model)) == [
         "codec: 1.0 min of audio (6,000 frames)",
-        "vocoder: 48.0 s of audio (100 crops)",
+        "vocoder: 48.0 s of audio (4,800 frames)",
         "talker: 1.0 min of audio (2,000 frames)",
     ]
     assert amounts(facts_of(seen={"train.images": 64})) == ["64 images"]

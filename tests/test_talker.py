@@ -19,7 +19,7 @@ from omni.audio import MelConfig
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import UserError, from_dict, to_dict
 from omni.data.speech import read_speech_manifest
-from omni.data.voices import Aligned, SentenceBatch, Sentences, Voices
+from omni.data.voices import Aligned, Pairs, SentenceBatch, Sentences, Voices, WaveCrops
 from omni.generate_codes import generate_codes
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import CodecConfig
@@ -287,8 +287,10 @@ def write_inputs(folder: Path, speakers: list[str] | None) -> Path:
             "vocoder": {"dim": 16, "num_layers": 1},
             "speaker": {"dim": 16, "embedding_dim": 8},
             "talker": {"dim": 32, "num_layers": 1, "num_heads": 2, "hidden_dim": 32},
+            "vocoder_kind": "istft",
         },
         "codec": phase | {"gradient_accumulation_steps": 2},
+        "speaker": phase,
         "vocoder": phase,
         "talker": phase | {"max_steps": 6},
         "run": {"checkpoint_freq": 1, "val_freq": 3, "print_freq": 1, "keep_last": 3, "num_threads": 1},
@@ -342,15 +344,14 @@ def test_all_phases_killed_and_resumed_equal_an_uninterrupted_run(tmp_path: Path
 
 
 def test_voices_without_a_speaker_column_are_one_speaker(tmp_path: Path) -> None:
-    from omni.data.voices import VoiceCrops
-
     voices = Voices(read_speech_manifest(write_sounds(tmp_path, None)), MelConfig())
     assert voices.names == [""] and voices.partner(0, None) == 1
-    crops = VoiceCrops(voices, 24, 40)
-    rng = np.random.default_rng(0)
-    batch = crops.collate([crops.sample(index, rng) for index in range(3)])
+    pairs, crops, rng = Pairs(voices, 40), WaveCrops(voices, 24), np.random.default_rng(0)
+    batch = pairs.collate([pairs.sample(index, rng) for index in range(3)])
     assert batch.speaker_B.tolist() == [0, 1, 2]  # recordings stand in for speakers
-    assert batch.wave_BS.shape == (3, 24 * 160) and batch.first_BFM.shape == (3, 40, 80)
+    assert batch.first_BFM.shape == batch.second_BFM.shape == (3, 40, 80)
+    sounds = crops.collate([crops.sample(index, rng) for index in range(3)])
+    assert sounds.frames_BFM.shape == (3, 24, 80) and sounds.wave_BS.shape == (3, 24 * 160)
 
 
 def test_what_stage_d_aligned_and_encoded_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,8 @@ class CropBatch(Batch):
     frames_BFM: torch.Tensor
 
 
-class Crops:
-    """One crop of every recording, for the codec."""
+class _Recorded:
+    """Samples that are crops of ``num_frames`` log-mel frames, as many as there are recordings."""
 
     def __init__(self, voices: Voices, num_frames: int) -> None:
         self.voices, self.num_frames = voices, num_frames
@@ -113,9 +113,16 @@ class Crops:
         """``file:line`` of a recording."""
         return self.voices.where(index)
 
+    def _crop(self, index: int, rng: np.random.Generator | None) -> torch.Tensor:
+        return self.voices.crop(index, self.voices.start(index, self.num_frames, rng), self.num_frames)
+
+
+class Crops(_Recorded):
+    """One crop of every recording, for the codec."""
+
     def sample(self, index: int, rng: np.random.Generator | None) -> torch.Tensor:
         """Log-mel frames [F, M]."""
-        return self.voices.crop(index, self.voices.start(index, self.num_frames, rng), self.num_frames)
+        return self._crop(index, rng)
 
     def collate(self, samples: list[Any]) -> CropBatch:
         """Stack crops."""
@@ -125,48 +132,52 @@ class Crops:
 
 
 @dataclass
-class VoiceBatch(Batch):
-    """For the vocoder frames and their samples, for the speaker encoder two crops of one speaker."""
+class PairBatch(Batch):
+    """Two crops of log-mel frames [B, F, M] by one speaker each, for the speaker encoders."""
 
-    frames_BFM: torch.Tensor
-    wave_BS: torch.Tensor
     first_BFM: torch.Tensor
     second_BFM: torch.Tensor
     speaker_B: torch.Tensor
 
 
-class VoiceCrops:
-    """Crops with their waveforms, and pairs of longer crops of one speaker."""
-
-    def __init__(self, voices: Voices, num_frames: int, speaker_frames: int) -> None:
-        self.voices, self.num_frames, self.speaker_frames = voices, num_frames, speaker_frames
-
-    def __len__(self) -> int:
-        return len(self.voices)
-
-    def where(self, index: int) -> str:
-        """``file:line`` of a recording."""
-        return self.voices.where(index)
+class Pairs(_Recorded):
+    """One crop of every recording and one of another recording of its speaker (of the same, if all are one voice)."""
 
     def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, ...]:
-        """Frames, samples, two speaker crops, the speaker."""
+        """Two crops [F, M] and the number of the speaker."""
+        other = self.voices.partner(index, rng) if len(self.voices.names) > 1 else index
+        return self._crop(index, rng), self._crop(other, rng), torch.tensor(self.voices.label(index))
+
+    def collate(self, samples: list[Any]) -> PairBatch:
+        """Stack crops."""
+        first, second, speaker = (torch.stack(parts) for parts in zip(*samples, strict=True))
+        counts = {"frames": 2 * first.shape[0] * first.shape[1], "speakers": len(first), "grader": len(first)}
+        return PairBatch(counts, first, second, speaker)
+
+
+@dataclass
+class WaveBatch(Batch):
+    """Crops of log-mel frames [B, F, M] and their samples [B, S], for the vocoder."""
+
+    frames_BFM: torch.Tensor
+    wave_BS: torch.Tensor
+
+
+class WaveCrops(_Recorded):
+    """One crop of every recording and its samples."""
+
+    def sample(self, index: int, rng: np.random.Generator | None) -> tuple[torch.Tensor, ...]:
+        """Frames [F, M] and samples [S]."""
         voices, hop = self.voices, self.voices.mel.hop_length
         start = voices.start(index, self.num_frames, rng)
         wave = voices.samples(index)[start * hop : (start + self.num_frames) * hop]
         wave = torch.nn.functional.pad(wave, (0, self.num_frames * hop - len(wave)))
-        # of a single speaker, the second crop comes from the same recording
-        other = voices.partner(index, rng) if len(voices.names) > 1 else index
-        pair = [
-            voices.crop(which, voices.start(which, self.speaker_frames, rng), self.speaker_frames)
-            for which in (index, other)
-        ]
-        return voices.crop(index, start, self.num_frames), wave, *pair, torch.tensor(voices.label(index))
+        return voices.crop(index, start, self.num_frames), wave
 
-    def collate(self, samples: list[Any]) -> VoiceBatch:
+    def collate(self, samples: list[Any]) -> WaveBatch:
         """Stack crops."""
-        frames, wave, first, second, speaker = (torch.stack(parts) for parts in zip(*samples, strict=True))
-        counts = dict.fromkeys(("crops", "spectrum", "speakers", "grader"), len(frames))
-        return VoiceBatch(counts, frames, wave, first, second, speaker)
+        frames, wave = (torch.stack(parts) for parts in zip(*samples, strict=True))
+        return WaveBatch({"frames": frames.shape[0] * frames.shape[1], "spectrum": len(frames)}, frames, wave)
 
 
 @dataclass

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-from omni.data.voices import CropBatch, SentenceBatch, VoiceBatch, Voices
+from omni.data.voices import CropBatch, PairBatch, SentenceBatch, Voices, WaveBatch
 from omni.evaluate.audio_enc import hear
 from omni.evaluate.talker import speak_again
 from omni.generate_speech import Mind
 from omni.metrics import character_error_rate
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.quantizer import code_usage
+from omni.models.speaker import speaker_loss_sum
 from omni.models.speech import SpeechModel
 from omni.models.talker import talker_losses
 from omni.models.vocoder import spectral_loss_sum
@@ -30,21 +31,29 @@ def validate_codec(model: SpeechModel, batches: Iterable[CropBatch]) -> dict[str
     return {"loss": error / frames, "mel_l1": error / frames, "usage": min(usage), "perplexity": min(perplexity)}
 
 
-def validate_vocoder(model: SpeechModel, batches: Iterable[VoiceBatch]) -> dict[str, float]:
-    """Spectral loss from true frames and from decoded ones; how often the nearest crop is of the same speaker."""
-    true = decoded = right = 0.0
+def validate_speaker(model: SpeechModel, batches: Iterable[PairBatch]) -> dict[str, float]:
+    """Contrastive loss of the conditioning encoder; how often the nearest crop is of the same speaker."""
+    loss = right = 0.0
+    crops = 0
+    for batch in batches:
+        first_BE, second_BE = model.speaker(batch.first_BFM), model.speaker(batch.second_BFM)
+        loss += float(speaker_loss_sum(model.speaker, first_BE, second_BE, batch.speaker_B))
+        right += float((batch.speaker_B[(first_BE @ second_BE.T).argmax(1)] == batch.speaker_B).sum())
+        crops += len(batch.speaker_B)
+    return {"loss": loss / crops, "speaker_accuracy": right / crops}
+
+
+def validate_vocoder(model: SpeechModel, batches: Iterable[WaveBatch]) -> dict[str, float]:
+    """Spectral loss from true frames and from decoded ones."""
+    assert model.vocoder is not None, "Griffin-Lim has nothing to validate"
+    true = decoded = 0.0
     crops = 0
     for batch in batches:
         true += float(spectral_loss_sum(model.vocoder(batch.frames_BFM), batch.wave_BS))
         coded_BFM = model.codec(batch.frames_BFM).frames_BFM.float()
         decoded += float(spectral_loss_sum(model.vocoder(coded_BFM), batch.wave_BS))
-        likeness_BB = model.speaker(batch.first_BFM) @ model.speaker(batch.second_BFM).T
-        right += float((batch.speaker_B[likeness_BB.argmax(1)] == batch.speaker_B).sum())
         crops += len(batch.frames_BFM)
-    return {
-        "loss": decoded / crops, "spectral_loss": true / crops, "spectral_loss_coded": decoded / crops,
-        "speaker_accuracy": right / crops,
-    }  # fmt: skip
+    return {"loss": decoded / crops, "spectral_loss": true / crops, "spectral_loss_coded": decoded / crops}
 
 
 def validate_talker(model: SpeechModel, batches: Iterable[SentenceBatch]) -> dict[str, float]:

@@ -115,10 +115,8 @@ def _seconds_of_audio(facts: Facts, phase: str, unit: str) -> float | None:
     mel = facts.model_config.get("mel")
     try:
         frame = mel["hop_length"] / mel["sample_rate"] if isinstance(mel, dict) else None
-        if frame is None or unit not in ("frames", "crops"):
+        if frame is None or unit != "frames":
             return None
-        if unit == "crops":
-            return float(frame * facts.config["data"]["vocoder_frames"])
         # the Talker counts frames of codes, all others frames of the spectrogram
         return float(frame * (facts.model_config["codec"]["reduction"] if phase == "talker" else 1))
     except (KeyError, TypeError, ZeroDivisionError, OverflowError):

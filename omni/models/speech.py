@@ -28,7 +28,7 @@ class SpeechConfig:
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
     speaker: SpeakerConfig = field(default_factory=SpeakerConfig)
     talker: TalkerConfig = field(default_factory=TalkerConfig)
-    vocoder_kind: Literal["griffin_lim", "istft"] = "griffin_lim"  # what is heard; both are always there
+    vocoder_kind: Literal["griffin_lim", "istft"] = "griffin_lim"  # only "istft" has weights to train
     thinker_layer: int = -1  # whose states the Talker gets; -1: the middle of the Thinker
     voices: tuple[str, ...] = ()  # names of the speakers of the training data; filled in when built
 
@@ -52,7 +52,7 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.config = config
         self.codec = Codec(config.codec)
-        self.vocoder = Vocoder(config.vocoder, config.mel)
+        self.vocoder = Vocoder(config.vocoder, config.mel) if config.vocoder_kind == "istft" else None
         self.speaker = SpeakerEncoder(config.speaker)
         # from other random weights: it conditions nothing, and says whether speech sounds like its speaker
         self.grader = SpeakerEncoder(config.speaker)
@@ -74,7 +74,7 @@ class SpeechModel(nn.Module):
     @property
     def vocoder_look_ahead(self) -> int:
         """Mel frames that a frame's samples depend on beyond it, and as many before it."""
-        if self.config.vocoder_kind == "istft":
+        if self.vocoder is not None:
             return self.vocoder.look_ahead
         return griffin_lim_look_ahead(self.config.mel)
 
@@ -105,7 +105,7 @@ class SpeechModel(nn.Module):
             return self._waveforms(frames_BFM.float())
 
     def _waveforms(self, frames_BFM: torch.Tensor) -> torch.Tensor:
-        if self.config.vocoder_kind == "istft":
+        if self.vocoder is not None:
             return self.vocoder(frames_BFM).float()
         wave_BS = griffin_lim(frames_BFM.cpu(), self.config.mel).to(frames_BFM.device)
         missing = frames_BFM.shape[1] * self.config.mel.hop_length - wave_BS.shape[1]

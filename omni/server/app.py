@@ -141,7 +141,6 @@ class Service:
             "voices": list(assistant.voices),
             "context_length": assistant.ctx_len,
             "seconds_heard": assistant.seconds_heard,
-            "streams_speech": assistant.streams_speech,
         }
         return {"id": assistant.name, "object": "model", "created": 0, "owned_by": "omni"} | own
 
