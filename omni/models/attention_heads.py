@@ -42,15 +42,16 @@ class Find:
 
 
 # of the heads of the first layer, how far they look back
-_FIRST = (1, 2, 3, 5)
+_FIRST = (1, 2, 3, 5, 4, 6)
 # of the key/value heads of the layers between, in turn: a Find, a distance to look back, or None: no task
 _Task = Find | int | None
 _BETWEEN: tuple[tuple[_Task, ...], ...] = (
-    (Find(1, 0), Find(1, 2), Find(1, 5), None),
-    (Find(1, 0), Find(1, 3), Find(3, 0), 3),
+    (Find(1, 0), Find(1, 2), Find(1, 5), None, Find(1, 3), Find(4, 0)),
+    (Find(1, 0), Find(1, 3), Find(3, 0), 3, 4, Find(1, 6)),
 )
-# and how far the last layer's first head does: a question's last word stands three tokens before its answer
-_LAST = 3
+# and how far the last layer's first heads do: a question's last word stands three tokens before its answer, four before
+# the second word of that
+_LAST = (3, 4)
 
 
 def start_by_copying(attention: Attention, copy: float = 0.3, match: float = 0.2) -> None:
@@ -106,7 +107,8 @@ def start_with_tasks(embed_tokens: nn.Embedding, attentions: Sequence[Attention]
                 elif task is not None and task.after in places and task.before in (0, *places):
                     _find(attention, head, word_dD, places[task.after], places.get(task.before))
         if last is not first:
-            _look_back(last, 0, _LAST, common_D, theta, word_dD, word_dD)
+            for head, task in _of_heads(last, _LAST):
+                _look_back(last, head, int(task or 0), common_D, theta, word_dD, word_dD)
 
 
 def _look_back(
