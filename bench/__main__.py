@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,33 +146,41 @@ def machine() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as tables for docs/results.md."""
-    lines = [f"{results['machine']['device']}, torch {results['machine']['torch']}", ""]
-    lines += [
-        "| phase | batch | throughput | step | waiting | overhead | MFU | padding | peak memory |",
-        "| --- " * 9 + "|",
-    ]
-    for row in results["stages"]:
-        memory = size_text(row["peak_memory"]) if row["peak_memory"] else ""
-        lines.append(
-            f"| {row['config']}, {row['phase']} | {row['batch']} | {row['throughput']:,.0f} {row['unit']}/s | "
-            f"{1000 * row['seconds_per_step']:.1f} ms | {row['waiting']:.1%} | {row['overhead']:+.1%} | "
-            f"{row['mfu']:.3f} | {row['padding']:.1%} | {memory} |"
-        )
-    if results["peers"]:
-        lines += ["", "| configuration | peer | setting | its throughput | ours | ratio |", "| --- " * 6 + "|"]
-        lines += [
-            f"| {row['config']} | {row['peer']} | {row['setting']} | {row['peer_throughput']:,.0f} {row['unit']}/s | "
-            f"{row['throughput']:,.0f} | {row['ratio']:.2f} |"
-            for row in results["peers"]
-        ]
-    if results["memory"]:
-        lines += ["", "| phase | memory foretold | measured | difference | reserved |", "| --- " * 5 + "|"]
-        lines += [
-            f"| {row['config']}, {row['phase']} | {size_text(row['foretold'])} | {size_text(row['measured'])} | "
-            f"{row['error']:+.1%} | {size_text(row['reserved'])} |"
-            for row in results["memory"]
-        ]
-    return "\n".join(lines)
+    stages = {
+        "phase": lambda row: f"{row['config']}, {row['phase']}",
+        "batch": lambda row: row["batch"],
+        "throughput": lambda row: f"{row['throughput']:,.0f} {row['unit']}/s",
+        "step": lambda row: f"{1000 * row['seconds_per_step']:.1f} ms",
+        "waiting": lambda row: f"{row['waiting']:.1%}",
+        "overhead": lambda row: f"{row['overhead']:+.1%}",
+        "MFU": lambda row: f"{row['mfu']:.3f}",
+        "padding": lambda row: f"{row['padding']:.1%}",
+        "peak memory": lambda row: size_text(row["peak_memory"]) if row["peak_memory"] else "",
+    }
+    peers = {
+        "configuration": lambda row: row["config"],
+        "peer": lambda row: row["peer"],
+        "setting": lambda row: row["setting"],
+        "its throughput": lambda row: f"{row['peer_throughput']:,.0f} {row['unit']}/s",
+        "ours": lambda row: f"{row['throughput']:,.0f}",
+        "ratio": lambda row: f"{row['ratio']:.2f}",
+    }
+    memory = {
+        "phase": lambda row: f"{row['config']}, {row['phase']}",
+        "memory foretold": lambda row: size_text(row["foretold"]),
+        "measured": lambda row: size_text(row["measured"]),
+        "difference": lambda row: f"{row['error']:+.1%}",
+        "reserved": lambda row: size_text(row["reserved"]),
+    }
+    tables = [_table(results["stages"], stages), _table(results["peers"], peers), _table(results["memory"], memory)]
+    return "\n\n".join(filter(None, [f"{results['machine']['device']}, torch {results['machine']['torch']}", *tables]))
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], object]]) -> str:
+    """A row of a Markdown table for each result; nothing where there are none."""
+    lines = [[str(cell(row)) for cell in columns.values()] for row in rows]
+    head = [list(columns), ["---"] * len(columns)] if rows else []
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*head, *lines])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ class Find:
 _FIRST = (1, 2, 3, 5, 4, 6)
 # of the key/value heads of the layers between, in turn: a Find, a distance to look back, or None: no task
 _Task = Find | int | None
+Task = TypeVar("Task")
 _BETWEEN: tuple[tuple[_Task, ...], ...] = (
     (Find(1, 0), Find(1, 2), Find(1, 5), None, Find(1, 3), Find(4, 0)),
     (Find(1, 0), Find(1, 3), Find(3, 0), 3, 4, Find(1, 6)),
@@ -107,8 +109,8 @@ def start_with_tasks(embed_tokens: nn.Embedding, attentions: Sequence[Attention]
                 elif task is not None and task.after in places and task.before in (0, *places):
                     _find(attention, head, word_dD, places[task.after], places.get(task.before))
         if last is not first:
-            for head, task in _of_heads(last, _LAST):
-                _look_back(last, head, int(task or 0), common_D, theta, word_dD, word_dD)
+            for head, back in _of_heads(last, _LAST):
+                _look_back(last, head, back, common_D, theta, word_dD, word_dD)
 
 
 def _look_back(
@@ -164,7 +166,7 @@ def _find(
     _columns(attention.o_proj, head, d).copy_(_LOUDNESS * word_dD.T)
 
 
-def _of_heads(attention: Attention, tasks: Sequence[_Task]) -> Iterator[tuple[int, _Task]]:
+def _of_heads(attention: Attention, tasks: Sequence[Task]) -> Iterator[tuple[int, Task]]:
     """The first query head of each key/value head, and its task; other heads of a group stay as they are."""
     groups = attention.num_heads // attention.num_kv_heads
     return ((kv_head * groups, task) for kv_head, task in enumerate(tasks[: attention.num_kv_heads]))
