@@ -100,6 +100,7 @@ class RunConfig:
     max_consecutive_skips: int = 20
     detect_anomaly: bool = False  # name the first module that gives NaN or Inf; slow
     tensorboard: bool = True  # used when the package is installed
+    wandb: bool = False  # Weights & Biases as well; its package must be installed
 
     def problems(self) -> Iterator[Problem]:
         """Values that no run can work with."""

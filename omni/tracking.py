@@ -1,8 +1,7 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard when it is installed, a progress bar or plain lines."""
+"""What a run reports: ``metrics.jsonl``, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -82,28 +81,6 @@ def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
-
-
-class TensorBoard:
-    """The same figures in TensorBoard; does nothing where the package is not installed or not wanted."""
-
-    def __init__(self, folder: Path, wanted: bool, step: int) -> None:
-        self._writer: Any = None
-        if wanted and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second
-
-            self._writer = SummaryWriter(str(folder), purge_step=step)
-
-    def write(self, prefix: str, figures: dict[str, float], step: int) -> None:
-        """Add one point to each curve."""
-        if self._writer is not None:
-            for name, value in figures.items():
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 class Progress:

@@ -27,6 +27,7 @@ import torch
 
 from omni import ranks
 from omni.anomaly import AnomalyWatch
+from omni.boards import Board, open_boards
 from omni.checkpoint import claim_folder
 from omni.command_line import read_command_line
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, changed_keys, to_dict
@@ -44,7 +45,7 @@ from omni.runtime import (
     setup_compute,
 )
 from omni.save_folder import SaveFolder
-from omni.tracking import MetricsLog, NoMetrics, Progress, TensorBoard, format_figures
+from omni.tracking import MetricsLog, NoMetrics, Progress, format_figures
 from omni.training_types import BatchLike, Run, RunState, Stage
 
 __all__ = [
@@ -133,8 +134,9 @@ class Loop:
         """Train one phase from wherever it stands."""
         set_lr = self._begin_phase(name, build)
         stage = self.stage
-        wanted = self.options.tensorboard and ranks.rank() == 0
-        self.board = TensorBoard(self.folder.path / "tensorboard" / name, wanted, self.state.step)
+        self.boards: list[Board] = []
+        if ranks.rank() == 0:
+            self.boards = open_boards(self.options, self.folder.path, self.config.name, name, self.state.step)
         self.progress = Progress(name, self.state.step, stage.config.max_steps)
         try:
             self._heed_signal()
@@ -144,7 +146,8 @@ class Loop:
         finally:
             stage.stream.close()
             self.progress.close()
-            self.board.close()
+            for board in self.boards:
+                board.close()
         if self.state.phase < len(self.run.phases) - 1:
             self._save_periodic()
 
@@ -343,7 +346,8 @@ class Loop:
         timing = {"seconds": round(state.seconds, 3), "throughput": round(throughput, 1)}
         record = {"phase": name, "step": state.step, "event": "train", **figures, **counters, "timing": timing}
         self.metrics.write(record)
-        self.board.write("train", figures, state.step)
+        for board in self.boards:
+            board.write("train", figures, state.step)
         self.progress.line(state.step, f"{format_figures(figures)} | {throughput:.4g} {self.stage.unit}/s")
 
     def _validate(self, name: str) -> None:
@@ -351,7 +355,8 @@ class Loop:
         state, config = self.state, self.stage.config
         figures = state.figures[name] = ranks.by_first(self._figures)
         self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
-        self.board.write("val", figures, state.step)
+        for board in self.boards:
+            board.write("val", figures, state.step)
         self.progress.line(state.step, "validation: " + format_figures(figures))
         if config.monitor not in figures:
             raise UserError(f"{name}.monitor: found {config.monitor!r}, expected one of {', '.join(figures)}")

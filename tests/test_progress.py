@@ -9,11 +9,18 @@ import pty
 import re
 import select
 import struct
+import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from tests.conftest import RunStage, metrics
 from tests.forked import Child, start_module
 from tests.test_training_loop import CONFIG
+from tests.toy import ToyConfig, build
 
 
 def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> None:
@@ -43,3 +50,44 @@ def test_a_log_file_gets_plain_lines_and_a_terminal_a_bar(tmp_path: Path) -> Non
     os.close(ours)
     assert child.wait() == 0
     assert shown.replace(b"\r\n", b"").count(b"\r") > 12 and b"12/12" in shown and b"grad" in shown
+
+
+class Runs:
+    """Stands for the package wandb: what was begun, and what each run was told."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.told: dict[str, dict[int, dict[str, float]]] = {}
+
+    def init(self, **given: Any) -> SimpleNamespace:
+        """Begin or continue a run."""
+        self.begun.append(given)
+        told = self.told.setdefault(given["id"], {})
+        return SimpleNamespace(log=lambda figures, step: told.setdefault(step, {}).update(figures), finish=lambda: None)
+
+
+def test_weights_and_biases_gets_the_curves_under_one_id(
+    tmp_path: Path, run_here: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy.json").write_text(json.dumps(CONFIG))
+    words, runs = ("--config", tmp_path / "toy.json", "--save_dir", tmp_path / "a", "--wandb"), Runs()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    done = run_here(ToyConfig, build, *words)
+    assert done.returncode == 1 and "wandb: found true, but the package is not installed" in done.stderr
+    monkeypatch.setitem(sys.modules, "wandb", runs)
+    assert run_here(ToyConfig, build, *words).returncode == 0
+    (tmp_path / "a" / "toy.pt").unlink()  # the last phase is done again, from its last checkpoint
+    assert run_here(ToyConfig, build, *words).returncode == 0
+    assert [given["id"].split("-")[1] for given in runs.begun] == ["first", "second", "second"]
+    assert len(runs.told) == 2 and all(given["resume"] == "allow" for given in runs.begun)
+    for record in metrics(tmp_path / "a"):
+        if record["event"] in ("train", "val"):
+            told = next(told for name, told in runs.told.items() if name.endswith(record["phase"]))
+            assert told[record["step"]][f"{record['event']}/loss"] == record["loss"]
+
+    def refuse(**given: Any) -> None:
+        raise ConnectionError("no network\nand a long story")
+
+    monkeypatch.setattr(runs, "init", refuse)
+    done = run_here(ToyConfig, build, *words[:-2], tmp_path / "b", "--wandb")
+    assert done.returncode == 1 and "could not begin (no network); `wandb login`" in done.stderr

@@ -28,7 +28,7 @@ from omni.summary import fingerprint
 
 # of a configuration: where a run stands and how often it speaks, which is no difference of what it learns
 _PLACE = ("name", "run.save_dir", "run.print_freq", "run.val_freq", "run.checkpoint_freq", "run.keep_last",
-          "run.tensorboard", "run.detect_anomaly", "run.num_workers", "run.num_threads")  # fmt: skip
+          "run.tensorboard", "run.wandb", "run.detect_anomaly", "run.num_workers", "run.num_threads")  # fmt: skip
 _SEED = "run.seed"
 
 
