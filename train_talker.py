@@ -49,6 +49,7 @@ class VoiceData(RowsDataConfig):
 
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`
     test_words: str | None = None  # sentences with words never heard in training
+    test_shuffled: str | None = None  # sentences whose words stand in any order
     test_voices: str | None = None  # unseen voices
     codec_frames: int = 96  # of a crop, at 100 a second
     vocoder_frames: int = 48

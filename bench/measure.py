@@ -14,10 +14,9 @@ from torch import nn
 
 from omni.config import PhaseConfig
 from omni.plan_types import PhaseCost, Request
-from omni.planning import stage_of_values
 from omni.rehearsal import Rehearsal, count, rehearsal
 from omni.runtime import Precision
-from omni.stages import read_raw_config
+from omni.stages import read_raw_config, stage_of_config
 from omni.stand_ins import Wanted
 from omni.step_cost import flop_counter
 from omni.tokenizer import IGNORE
@@ -29,7 +28,7 @@ WARM_UP = 3  # steps before anything is timed
 def request_of(path: Path) -> Request:
     """A configuration file as a rehearsal takes it."""
     values = read_raw_config(path)
-    return Request(stage_of_values(path, values).script, values, str(path), str(path.parent))
+    return Request(stage_of_config(path, values).script, values, str(path), str(path.parent))
 
 
 def wait_for(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from omni.config import PhaseConfig, StageConfig, UserError, to_dict
 from omni.console import log
 from omni.plan_types import GIB, PhaseCost, PhasePlan, Plan, Request
 from omni.plan_view import plan_text
-from omni.stages import JUDGE, STAGES, StageInfo, read_raw_config
+from omni.stages import StageInfo, read_raw_config, stage_of_config, stage_of_script
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -46,21 +46,7 @@ def plan_config(path: Path, wish: Wish) -> Plan:
         UserError: when it cannot be read or run.
     """
     values = read_raw_config(path)
-    return make_plan(stage_of_values(path, values), values, str(path), path.parent, wish)
-
-
-def stage_of_values(path: Path, values: dict[str, Any]) -> StageInfo:
-    """The stage that a configuration is for, by its name (``<prefix>_<size>``) or by its file's.
-
-    Raises:
-        UserError: when neither says.
-    """
-    names = (values["name"], path.stem)
-    for stage in (*STAGES, JUDGE):
-        if any(name == stage.prefix or name.startswith(f"{stage.prefix}_") for name in names):
-            return stage
-    prefixes = ", ".join(f"{stage.prefix}_..." for stage in STAGES)
-    raise UserError(f"{path}: name: found {values['name']!r}, expected a stage's: {prefixes}")
+    return make_plan(stage_of_config(path, values), values, str(path), path.parent, wish)
 
 
 def make_plan(stage: StageInfo, values: dict[str, Any], where: str, configs: Path, wish: Wish) -> Plan:
@@ -148,7 +134,8 @@ def settle_batch_sizes(
         return config
     sizes = {} if fresh else _earlier_sizes(config, names)
     if sizes.keys() != set(names):
-        stage = next(stage for stage in (*STAGES, JUDGE) if stage.script == Path(script).name)
+        stage = stage_of_script(script)
+        assert stage is not None, "auto stands in configurations of the five stages alone"
         log.info("batch_size auto: looking for the largest batch that fits %.1f GiB", room / GIB)
         plan = make_plan(stage, to_dict(config), config.name, Path("configs"), Wish(seconds=0, device=kind))
         costs = {phase.cost.name: phase.cost for phase in plan.phases}
@@ -193,7 +180,7 @@ def out_of_memory(config: StageConfig, script: str, phase: str, kind: str, why: 
         standing: what there is to continue from.
     """
     settings = dict(_phases(config))[phase]
-    stage = next((stage for stage in (*STAGES, JUDGE) if stage.script == Path(script).name), None)
+    stage = stage_of_script(script)
     table, shorter = "", "shorter samples"
     if stage is not None:
         shorter = f"a lower --{_SHORTER[phase if phase in _SHORTER else stage.kind]}"

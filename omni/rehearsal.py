@@ -38,7 +38,7 @@ from omni.data_memory import data_memory
 from omni.models.layers import kernels_of
 from omni.plan_types import PhaseCost, Point, Request
 from omni.runtime import Precision, seed_everything, setup_compute
-from omni.stages import JUDGE, STAGES, StageInfo
+from omni.stages import StageInfo, stage_of_script
 from omni.stand_ins import Wanted, stand_in
 from omni.step_cost import LiveBytes, flop_counter
 from omni.training_utils import Loop, Run
@@ -118,8 +118,9 @@ def rehearsal(
 
 
 def _stage(request: Request) -> StageInfo:
-    script = Path(request.script).name
-    return next(stage for stage in (*STAGES, JUDGE) if stage.script == script)
+    stage = stage_of_script(request.script)
+    assert stage is not None, f"{request.script} is none of the five scripts"
+    return stage
 
 
 # ---- memory ----

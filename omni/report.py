@@ -40,6 +40,7 @@ _BESIDE: dict[str, tuple[str, ...]] = {
     "talker.cer_unseen_words_judge": ("cer_recordings_unseen_words_judge",),
     "talker.cer_unseen_voices": ("cer_recordings_unseen_voices",),
     "talker.cer_unseen_voices_judge": ("cer_recordings_unseen_voices_judge",),
+    "talker.cer_shuffled": ("cer_recordings_shuffled",),
     "talker.repeats": ("repeats_recordings",),
     "talker.skips": ("skips_recordings",),
     "talker.speaker_nearer": ("chance 0.5",),

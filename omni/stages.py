@@ -85,6 +85,25 @@ JUDGE = StageInfo("J", "train_audio_enc.py", "judge", "audio_enc", (), (), "a se
 DRAFT = StageInfo("A", "train_text.py", "draft", "thinker", ("thinker",), (), "a small Thinker that guesses ahead")
 
 
+def stage_of_script(script: str) -> StageInfo | None:
+    """The stage that a script trains; None of a script that is none of the five."""
+    return next((stage for stage in STAGES if stage.script == Path(script).name), None)
+
+
+def stage_of_config(path: Path, values: dict[str, Any]) -> StageInfo:
+    """The stage that a configuration is for, by its name (``<prefix>_<size>``) or by its file's.
+
+    Raises:
+        UserError: when neither says.
+    """
+    names = (values["name"], path.stem)
+    for stage in (*STAGES, JUDGE, DRAFT):
+        if any(name == stage.prefix or name.startswith(f"{stage.prefix}_") for name in names):
+            return stage
+    prefixes = ", ".join(f"{stage.prefix}_..." for stage in STAGES)
+    raise UserError(f"{path}: name: found {values['name']!r}, expected a stage's: {prefixes}")
+
+
 def stages_of(size: str) -> tuple[StageInfo, ...]:
     """The stages of a size in the order of training, with the judge where the size has a configuration for it."""
     return (*STAGES, JUDGE) if JUDGE.config_path(size).exists() else STAGES

@@ -304,3 +304,18 @@ def test_a_checkpoint_without_a_configuration_of_its_own_is_found(
     path.parent.mkdir(parents=True)
     path.touch()
     assert stage.checkpoint("digits") == path.relative_to(tmp_path)
+
+
+def test_a_reader_who_has_seen_enough_is_no_mistake() -> None:
+    """`omni ... | head` closes the pipe while lines still come."""
+    code = """
+import sys
+from omni.console import user_errors
+sys.exit(user_errors(lambda: [print(number) for number in range(100000)] and 0))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    assert child.stdout.readline() == b"0\n"
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait(timeout=60) == 141
+    child.stderr.close()

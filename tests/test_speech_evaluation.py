@@ -146,10 +146,10 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     path = manifest(tmp_path, texts)
     model = speech_model(kind=kind)
     graders = Graders(recognizer(), recognizer("convolution"))
-    found = talker_figures(model, graders, SpeechSets(path, words=path, voices=path, limit=3))
+    found = talker_figures(model, graders, SpeechSets(path, words=path, voices=path, shuffled=path, limit=3))
     rates = {f"cer{who}{part}{judge}" for who in ("", "_recordings") for judge in ("", "_judge")
-             for part in ("", "_unseen_words", "_unseen_voices")}  # fmt: skip
-    others = {"wer", "cer_short", "cer_medium", "cer_shuffled", "repeats", "skips", "early_stops", "late_stops",
+             for part in ("", "_unseen_words", "_unseen_voices", "_shuffled")}  # fmt: skip
+    others = {"wer", "cer_short", "cer_medium", "repeats", "skips", "early_stops", "late_stops",
               "speaker_similarity", "speaker_nearer", "speaker_nearer_unseen_voices", "length_outliers", "mcd", "rtf",
               "first_audio_ms"}  # fmt: skip
     beside = {f"{name}_recordings" for name in ("repeats", "skips", "early_stops", "late_stops")}
@@ -158,6 +158,7 @@ def test_all_figures_of_the_protocol(tmp_path: Path, kind: str) -> None:
     assert 0 < found["first_audio_ms"].value < 10_000 and found["rtf"].value > 0
     alone = talker_figures(model, Graders(recognizer()), SpeechSets(path, limit=2))
     assert not {name for name in alone if "judge" in name or "unseen" in name}
+    assert "cer_shuffled" in alone and "cer_recordings_shuffled" not in alone  # of what is shuffled here
     assert alone["cer"].value == pytest.approx(found["cer"].value, abs=1)
 
 

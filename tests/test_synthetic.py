@@ -199,7 +199,7 @@ def test_training_says_no_sentence_of_the_tests(world: Path) -> None:
     told |= {words(entry["caption"]) for entry in annotations(world, "train")}
     for line in chats(world / "sft" / "sft_train.jsonl"):
         told |= {words(part.removeprefix("scene: ")) for part in parts(line, "text")}
-    for name in ("asr_test", "asr_test_voices", "tts_test", "tts_test_words", "tts_test_voices"):
+    for name in ("asr_test", "asr_test_voices", "tts_test", "tts_test_words", "tts_test_voices", "tts_test_shuffled"):
         assert not told & {words(row["text"]) for row in rows(world / "audio" / f"{name}.csv")}
     for name in ("test", "test_combinations"):
         captions = [words(entry["caption"]) for entry in annotations(world, name)]

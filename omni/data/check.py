@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omni.audio import MelConfig, load_audio
 from omni.config import DataConfig, UserError, data_rules, from_dict
@@ -19,7 +18,7 @@ from omni.data.text import beside, scan_text
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.parallel import map_small
 from omni.speech_text import spoken_words
-from omni.stages import DRAFT, JUDGE, STAGES, StageInfo, read_raw_config
+from omni.stages import StageInfo, read_raw_config, stage_of_config
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
 # what each key of a stage's data names; of several of one kind the first (and `also_train`) is for training, the others
@@ -30,6 +29,7 @@ _SPEECH = {
     "val": "speech",
     "test": "speech",
     "test_words": "speech",
+    "test_shuffled": "speech",
     "test_voices": "speech",
 }
 _MANIFESTS = {
@@ -121,7 +121,7 @@ def check_configs(paths: Sequence[Path]) -> Findings:
 
 def _read_task(path: Path) -> _Task:
     values = read_raw_config(path)
-    stage = _stage_of(path, values)
+    stage = stage_of_config(path, values)
     data = values.get("data")
     if not isinstance(data, dict):
         raise UserError(f"{path}: data: found {type_name(data)}, expected an object {{...}}")
@@ -146,15 +146,6 @@ def _read_task(path: Path) -> _Task:
             first = all(known != kind for known, *_ in manifests)
             manifests.append((kind, manifest, first or key in ("also_train", "primer")))
     return _Task(stage, rules, encoder, manifests)
-
-
-def _stage_of(path: Path, values: dict[str, Any]) -> StageInfo:
-    """The stage a configuration belongs to, by its name, which begins with the stage's."""
-    for stage in (*STAGES, JUDGE, DRAFT):
-        if values["name"].startswith(stage.prefix) or path.stem.startswith(stage.prefix):
-            return stage
-    prefixes = ", ".join(stage.prefix for stage in STAGES)
-    raise UserError(f"{path}: name: found {values['name']!r}, expected one that begins with a stage's: {prefixes}")
 
 
 class Checker:

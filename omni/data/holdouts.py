@@ -66,7 +66,7 @@ def check(folder: Path, world: World, train_voices: set[str]) -> None:
     problems += [
         f"{where}: training says it too: {text!r}" for where, text in test_sentences(folder) if text in trained
     ]
-    for name in ("asr_train", "asr_val", "asr_test", "tts_train", "tts_val", "tts_test"):
+    for name in ("asr_train", "asr_val", "asr_test", "tts_train", "tts_val", "tts_test", "tts_test_shuffled"):
         strangers = {row["speaker"] for row in read_csv(folder / "audio" / f"{name}.csv")} - train_voices
         problems += [f"{name}.csv: voice {voice} is held out" for voice in sorted(strangers)]
     for name in ("asr_test_voices", "tts_test_voices"):
@@ -135,7 +135,7 @@ def said(folder: Path, split: str) -> Iterator[tuple[str, str]]:
 
 def test_sentences(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (file, normalized text) of what only the tests may say; questions about pictures are asked everywhere."""
-    for name in ("asr_test", "asr_test_voices", "tts_test", "tts_test_words", "tts_test_voices"):
+    for name in ("asr_test", "asr_test_voices", "tts_test", "tts_test_shuffled", "tts_test_words", "tts_test_voices"):
         yield from ((f"{name}.csv", normalize(row["text"])) for row in read_csv(folder / "audio" / f"{name}.csv"))
     for name in ("test", "test_combinations"):
         entries = json.loads((folder / "images" / f"annotations_{name}.json").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from omni.data.stories import (
     unheard_sentence,
     units,
 )
-from omni.data.world import World
+from omni.data.world import World, normalize
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,10 @@ def _plan_test_speech(plan: Plan) -> None:
     lengths = ((3, 5), (6, 15), (16, 30))
     rows("tts_val", plan.tts_voices, [grammar("val", lengths[i % 3]) for i in range(size.tts_test // 3)], vary=False)
     rows("tts_test", plan.tts_voices, [grammar("test", lengths[i % 3]) for i in range(size.tts_test)], vary=False)
+    shuffle = plan.rng("shuffled").sample  # the speech must follow the text, and not what sentences usually say
+    spoken_words = [normalize(recording.text).split() for recording in plan.speech["tts_test"][:40]]
+    mixed = [" ".join(shuffle(words, len(words))) + "." for words in spoken_words]
+    rows("tts_test_shuffled", plan.tts_voices, mixed, vary=False)
     words = turns_of(sorted(world.heldout_words), rng)
     unheard = [unheard_sentence(world, rng, words, i % 3) for i in range(size.tts_test // 4)]  # a fifth of all
     rows("tts_test_words", plan.tts_voices, unheard, vary=False)

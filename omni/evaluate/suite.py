@@ -262,10 +262,11 @@ def _talker(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
 
     model, mind, encoder = _speaker(inputs)
     data, test = case.data("talker"), case.test_set("talker", case.own.tts, "--tts")
-    words, voices = (None, None) if case.own.tts else (data["test_words"], data["test_voices"])
-    for path in filter(None, (words, voices)):
+    keys = () if case.own.tts else ("test_words", "test_voices", "test_shuffled")
+    others = {key.removeprefix("test_"): data.get(key) for key in keys}
+    for path in filter(None, others.values()):
         case.note("talker", path)
-    sets = SpeechSets(test, words, voices, case.limit, case.rules("talker"))
+    sets = SpeechSets(test, **others, limit=case.limit, rules=case.rules("talker"))
     return talker_figures(model, Graders(encoder, _judge(case.size)), sets, mind)
 
 

@@ -42,6 +42,8 @@ class SpeechSets:
         heard: sentences of seen voices, all of whose words were heard in training.
         words: sentences with words never heard in training.
         voices: sentences of voices never heard in training.
+        shuffled: sentences whose words stand in any order: the speech must follow the text. None: some of the first
+            set are shuffled, of which there are no recordings then.
         limit: sentences of each; None: all.
         rules: the limits of their data.
     """
@@ -49,6 +51,7 @@ class SpeechSets:
     heard: str | Path
     words: str | Path | None = None
     voices: str | Path | None = None
+    shuffled: str | Path | None = None
     limit: int | None = None
     rules: DataConfig = RULES
 
@@ -126,15 +129,17 @@ def talker_figures(
     """
     part = _Part(model, graders, mind, sets.heard, sets)
     figures = part.error_rates("") | part.located({"wer": word_error_rate(part.texts, part.heard)}) | _by_length(part)
-    others = [("_unseen_words", sets.words), ("_unseen_voices", sets.voices)]
+    others = [("_unseen_words", sets.words), ("_unseen_voices", sets.voices), ("_shuffled", sets.shuffled)]
     others_spoken = {name: _Part(model, graders, mind, path, sets) for name, path in others if path is not None}
     for name, other in others_spoken.items():
         figures |= other.error_rates(name)
     recorded = {f"{name}_recordings": figure for name, figure in slips(part.texts, part.heard_recordings).items()}
-    own = {"cer_shuffled": _shuffled(part, mind)} | slips(part.texts, part.heard) | recorded
+    own = slips(part.texts, part.heard) | recorded
+    if sets.shuffled is None:
+        own["cer_shuffled"] = _shuffled(part, mind)
     own["speaker_similarity"] = speaker_similarity(model, part.voices, part.spoken)
     for name, other in {"": part, **others_spoken}.items():
-        nearer = other.nearer() if name != "_unseen_words" else None
+        nearer = other.nearer() if name in ("", "_unseen_voices") else None
         figures |= {f"speaker_nearer{name}": nearer} if nearer else {}
     said = [
         {"frames": len(item.frames_FM), "recorded": len(part.voices.frames(index))}
@@ -164,7 +169,7 @@ def _by_length(part: _Part) -> dict[str, Figure]:
 
 
 def _shuffled(part: _Part, mind: Mind | None) -> Figure:
-    """Character error rate of the first sentences with their words in any order: the speech must follow the text."""
+    """Character error rate of the first sentences with their words in any order."""
     rng = np.random.default_rng(0)
     texts = []
     for text in part.texts[:_NUM_SHUFFLED]:
