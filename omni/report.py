@@ -156,6 +156,7 @@ def write_report(path: Path, size: str, told: Told) -> None:
     parts = [
         *_section("figures", "In short: held-out figures beside what they are held against"),
         _beside_table(told.figures),
+        *_forgetting(told.figures, records),
         *_section("samples", "To see and hear: held-out data, nothing chosen by hand"),
         *_samples(told.samples),
         *_section("training", "What was trained, and how long"),
@@ -174,7 +175,8 @@ def write_report(path: Path, size: str, told: Told) -> None:
 
 
 _NAV = (
-    '<nav><a href="#figures">figures</a><a href="#samples">samples</a><a href="#training">training</a>'
+    '<nav><a href="#figures">figures</a><a href="#before">before and after</a><a href="#samples">samples</a>'
+    '<a href="#training">training</a>'
     '<a href="#data">data</a><a href="#all">all figures</a><a href="#again">make it again</a></nav>'
 )
 
@@ -194,6 +196,48 @@ def _beside_table(figures: Figures) -> str:
             beside += [other for other in others if other.startswith("chance")]
             rows.append((stage, name, _valued(found[name]), "; ".join(beside)))
     return table(("stage", "figure", "value [95 % interval]", "beside"), rows)
+
+
+# Skill, who has it before stage E, its figure then, and the figure of the whole model; None: the very same weights
+_BEFORE_AND_AFTER = (
+    ("written text, bits per byte", "A", "thinker.bits_per_byte", "omni.bits_per_byte"),
+    ("written questions", "A", "omni.text_qa_before", "omni.text_qa"),
+    ("transcripts of the same recordings, word error rate", "B", "omni.asr_wer_ctc", "omni.asr_wer"),
+    ("hearing, word error rate", "B", "audio_enc.wer", None),
+    ("seeing, recall@1", "C", "vision.image_to_text_r1", None),
+    ("speaking, character error rate", "D", "talker.cer", None),
+)
+
+
+def _forgetting(figures: Figures, records: Sequence[StageRecord]) -> list[str]:
+    """The section, where there is a stage E."""
+    found = [record.summary for record in records if record.stage.kind == "omni"]
+    title = "What stage E forgot, or taught: the skills of the stages before it"
+    return [*_section("before", title), _forgetting_table(figures, found[0])] if found else []
+
+
+def _forgetting_table(figures: Figures, summary: Mapping[str, Any]) -> str:
+    """Each earlier stage's skill before and after stage E, whose summary is given.
+
+    Of parts that it trained along without measuring them, nothing is claimed.
+    """
+
+    def find(key: str | None) -> dict[str, Any] | None:
+        stage, _, name = (key or "").partition(".")
+        return figures.get(stage, {}).get(name)
+
+    trained = set[str]()
+    if not summary["config"].get("freeze_encoders", True):
+        trained |= {"B", "C"}
+    if summary["model_config"]["speech"]["talker"]["state_dim"]:  # then the Talker follows the new Thinker
+        trained |= {"D"}
+    rows = []
+    for skill, letter, before, after in _BEFORE_AND_AFTER:
+        found, then = find(before), find(after)
+        if found and (then or after is None):
+            same = "trained on: not measured" if letter in trained else "the same weights"
+            rows.append((letter, skill, _valued(found), _valued(then) if then else same))
+    return table(("stage", "skill", "before stage E", "after"), rows)
 
 
 def _valued(figure: dict[str, Any]) -> str:

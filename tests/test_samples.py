@@ -180,7 +180,8 @@ def test_the_command_of_a_changed_run_is_whole() -> None:
 
 def report(place: Path, samples: dict[str, list[Sample]]) -> Path:
     figures = {"omni": {"image_qa": ratio([1, 0, 1, 1]).to_dict(), "image_qa_blind": ratio([0, 0, 1, 0]).to_dict()},
-               "vision": {"caption_swap": ratio([1, 0.5]).to_dict()}}  # fmt: skip
+               "vision": {"caption_swap": ratio([1, 0.5]).to_dict()},
+               "audio_enc": {"wer": ratio([0.1, 0.3]).to_dict()}}  # fmt: skip
     sets = {"data/<b>.csv": {"media": 4, "media_bytes": 99, "sha256": "ab" * 8}}
     first, *rest = samples["thinker"]
     odd = Sample("<script>alert(1)</script>", (("<i>", "</pre><img src=http://127.0.0.1:9/x>"),), right=True)
@@ -198,6 +199,7 @@ def test_the_report_says_what_was_trained_and_how_to_make_it_again(
     for expected in ("python train_vision.py --config configs/vision_toy.json", "&lt;b&gt;.csv", "abababababababab",
                      "75 s", "evaluation 20 s", "torch 2.", "talker_ckpt&quot;"):  # fmt: skip
         assert expected in page, expected
+    assert "the same weights" in page and "What stage E forgot" in page
     assert page.count("<audio") == sum(len(s.sounds) for found in samples.values() for s in found) == 9
     assert page.count("<svg") == 5  # a curve a stage
 

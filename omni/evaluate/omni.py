@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
+from omni.audio import load_audio, log_mel
 from omni.data.dialogue import Chat, ChatEncoder, Message, Part
-from omni.evaluate.audio_enc import hear
+from omni.evaluate.audio_enc import hear, transcribe
 from omni.features import FeatureStore
 from omni.generate import AnswerSettings, generate
 from omni.generate_speech import speak
 from omni.metrics import Figure, accuracy, located, word_error_rate
 from omni.models.omni import OmniModel
+from omni.models.thinker import Thinker
 from omni.tokenizer import Tokenizer, spoken_text
 
 
@@ -120,6 +122,32 @@ def spoken_accuracy(examiner: Examiner, answered: Answers) -> Figure:
     waves = say(model, examiner.tokenizer, answered.answers)
     heard = hear(model.audio_encoder, waves, model.speech.config.mel.sample_rate)
     return located(accuracy([chat.answer for chat in answered.chats], heard), answered.where)
+
+
+def before_fusion(examiner: Examiner, thinker: Thinker | None, chats: Sequence[Chat]) -> dict[str, Figure]:
+    """What the stages before could do with the same questions and recordings: what stage E forgot, or taught.
+
+    Args:
+        examiner: of the omni model.
+        thinker: stage A's, with the same tokenizer; None where it is not there.
+        chats: the test set.
+    """
+    model, figures = examiner.model, dict[str, Figure]()
+    written = [chat for chat in chats if chat.task == "text_qa"]
+    if written and thinker is not None:
+        fused, model.thinker = model.thinker, thinker
+        try:
+            figures["text_qa_before"] = examiner.ask(written).accuracy()
+        finally:
+            model.thinker = fused
+    recorded = [chat for chat in chats if chat.task == "asr"]
+    if recorded:
+        mel = model.audio_encoder.config.mel
+        frames = [log_mel(mel)(load_audio(chat.paths("audio")[0], mel.sample_rate)) for chat in recorded]
+        heard = transcribe(model.audio_encoder, frames)
+        found = word_error_rate([chat.answer for chat in recorded], heard)
+        figures["asr_wer_ctc"] = located(found, [chat.where for chat in recorded])
+    return figures
 
 
 @dataclass

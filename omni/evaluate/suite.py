@@ -281,14 +281,19 @@ def _judge(size: str) -> AudioEncoder | None:
 
 def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
     from omni.data.dialogue import read_chats
-    from omni.evaluate.omni import Examiner, examine
+    from omni.evaluate.omni import Examiner, before_fusion, examine
     from omni.features import FeatureStore, cache_of
-    from omni.load import load_omni
+    from omni.load import load_omni, load_thinker
 
     model, tokenizer = load_omni(inputs["omni"])
     chats = read_chats(case.test_set("omni", case.own.sft, "--sft"), case.rules("omni"))
     features = FeatureStore(model, cache_of(inputs["omni"]), case.rules("omni"))
-    figures: dict[str, Any] = dict(examine(Examiner(model, tokenizer, features), chats).figures)
+    examiner, thinker = Examiner(model, tokenizer, features), None
+    figures: dict[str, Any] = dict(examine(examiner, chats).figures)
+    if case.path("thinker").exists():
+        thinker, own = load_thinker(case.path("thinker"))
+        thinker = thinker if own.hash == tokenizer.hash else None
+    figures |= before_fusion(examiner, thinker, chats)
     if case.path("thinker").exists():
         likelihood, _, path = _likelihood(model.thinker, tokenizer, case)
         figures["bits_per_byte"] = _windows(likelihood.bits_per_byte(), path)
