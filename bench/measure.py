@@ -20,7 +20,7 @@ from omni.stages import read_raw_config, stage_of_config
 from omni.stand_ins import Wanted
 from omni.step_cost import flop_counter
 from omni.tokenizer import IGNORE
-from omni.tracking import Progress, TensorBoard
+from omni.tracking import Progress
 
 WARM_UP = 3  # steps before anything is timed
 
@@ -75,7 +75,7 @@ class Timed(Rehearsal):
         """Prepare what the loop's own step needs."""
         self.name, self.waiting = name, 0.0
         self.progress = Progress(name, 0, self.stage.config.max_steps)
-        self.board = TensorBoard(Path(), False, 0)
+        self.boards = []
         self.kept: list[Any] = []
 
     def _fetch(self) -> Any:

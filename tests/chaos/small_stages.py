@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocoder": {"dim": 16, "num_layers": 1},
         "speaker": {"dim": 8, "num_layers": 1, "embedding_dim": 4},
         "talker": {"dim": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 32, "dropout": 0.1},
+        "vocoder_kind": "istft",
     },
 }  # fmt: skip
 
@@ -50,7 +51,7 @@ STAGES = {
     "A": Script("train_text", "TextConfig", "thinker", ("primer", "train"), 15),
     "B": Script("train_audio_enc", "AudioConfig", "audio_enc", ("train",), 30),
     "C": Script("train_vision", "VisionStageConfig", "vision", ("train",), 30),
-    "D": Script("train_talker", "SpeechStageConfig", "talker", ("codec", "vocoder", "talker"), 10),
+    "D": Script("train_talker", "SpeechStageConfig", "talker", ("codec", "speaker", "vocoder", "talker"), 10),
     "E": Script("sft_omni", "OmniSFTConfig", "omni", ("projectors", "sft", "talker"), 10),
 }
 _FILES = {"A": "thinker", "B": "audio_enc", "C": "vision", "D": "talker", "E": "omni_sft"}
@@ -71,7 +72,7 @@ def write_config(letter: str, world: Path, inputs: Path, out: Path) -> Path:
     if script.kind in MODELS:
         values["model"] = MODELS[script.kind]
     for phase in script.phases:
-        values[phase] |= {
+        values[phase] = values.get(phase, values.get("speaker")) | {  # nano trains no vocoder
             "max_steps": script.steps, "batch_size": _BATCH_SIZES[letter], "gradient_accumulation_steps": 3,
             "warmup_steps": 2,
         }  # fmt: skip
