@@ -95,12 +95,13 @@ def session(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Session:
 
 
 def assert_alike(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
-    """The same lines, losses and gradient norms equal to 1e-5."""
+    """The same lines, losses equal to 1e-5, gradient norms to 1e-4: Muon rounds to bf16, and later steps show it."""
     assert len(one) == len(two) > 0
     for ours, theirs in zip(one, two, strict=True):
         figures = {"loss", "grad_norm"} & ours.keys()
         found, expected = ({key: line[key] for key in figures} for line in (theirs, ours))
-        assert found == pytest.approx(expected, rel=1e-5), ours
+        for key, value in found.items():
+            assert value == pytest.approx(expected[key], rel=1e-4 if key == "grad_norm" else 1e-5), ours
         rest = [{key: line[key] for key in line.keys() - figures} for line in (ours, theirs)]
         assert ours["event"] == "val" or rest[0] == rest[1]
 
