@@ -15,20 +15,22 @@ reconstruction and use of the codes (``omni eval --stage codec``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from omni import ranks
 from omni.checkpoint import as_bytes, fingerprint, load_input, load_weights
 from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, from_dict, to_dict
 from omni.data.parts import read_parts
 from omni.data.speech import scan_speech_manifest
-from omni.data.stream import BatchStream, Samples, ordered_batches
+from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import CropBatch, Crops, PairBatch, Pairs, Voices, WaveBatch, WaveCrops
 from omni.evaluate.speech_validation import validate_codec, validate_speaker, validate_vocoder
 from omni.generate_speech import Mind
@@ -128,48 +130,53 @@ def load_mind(config: SpeechStageConfig, precision: Precision) -> Mind | None:
     return thinker.requires_grad_(False).eval().to(precision.device), tokenizer
 
 
+def lineage_of(config: SpeechStageConfig, mind: Mind | None) -> dict[str, str | None]:
+    """Checksums of the checkpoints that it is built on, and of the tokenizer."""
+    return {
+        "audio_enc": fingerprint(Path(config.audio_ckpt)),
+        "thinker": fingerprint(Path(config.thinker_ckpt)) if mind and config.thinker_ckpt else None,
+        "tokenizer": mind[1].hash if mind else None,
+    }
+
+
 def build(config: SpeechStageConfig, precision: Precision) -> Run:
     """One module with its parts, and a phase for each of them that is trained."""
     parts = read_parts(scan_speech_manifest, "wav", "text", config.data)
     encoder, mind = load_encoder(config, precision), load_mind(config, precision)
     training, validation = (Voices(part, config.model.mel, config.data) for part in (parts.training, parts.validation))
     model_config = filled_in(config.model, training.names, mind[0].config if mind else None)
-    model, run = SpeechModel(model_config), config.run
+    model, run, data = SpeechModel(model_config), config.run, config.data
     left_out = parts.left_out + training.recordings.left_out
 
-    def evaluation(function: Callable[..., dict[str, float]], samples: Samples) -> Callable:
+    def on_crops(
+        trains: Sequence[nn.Module], kind: type[Crops | Pairs | WaveCrops], num_frames: int,
+        loss: Callable[..., dict[str, torch.Tensor]], validate: Callable[..., dict[str, float]],
+        phase: PhaseConfig, weights: dict[str, float],
+    ) -> Stage:  # fmt: skip
+        samples, held_out = (kind(part, num_frames) for part in (training, validation))
+        stream = BatchStream(
+            samples, phase.batch_size, run.seed, None, run.num_workers, rules=config.data, left_out=left_out
+        )
+
         def evaluate(model: SpeechModel) -> dict[str, float]:
-            batches = ordered_batches(samples, 16, run.val_batches, rules=config.data)
-            return function(model, (batch.to(precision.device) for batch in batches))
+            batches = ordered_batches(held_out, 16, run.val_batches, rules=config.data)
+            return validate(model, (batch.to(precision.device) for batch in batches))
 
-        return evaluate
-
-    def batches(samples: Samples, phase: PhaseConfig) -> BatchStream:
-        workers = run.num_workers
-        return BatchStream(samples, phase.batch_size, run.seed, None, workers, rules=config.data, left_out=left_out)
+        return Stage([*trains], stream, loss, evaluate, phase, weights, "frames")
 
     def codec() -> Stage:
-        stream = batches(Crops(training, config.data.codec_frames), config.codec)
-        quantizer = model.codec.quantizer
-        return Stage(
-            [model.codec], stream, codec_loss, evaluation(validate_codec, Crops(validation, config.data.codec_frames)),
-            config.codec, {"mel": 1.0, "commitment": 0.25}, "frames", quantizer.update, quantizer.discard,
-        )  # fmt: skip
+        weights, quantizer = {"mel": 1.0, "commitment": 0.25}, model.codec.quantizer
+        stage = on_crops([model.codec], Crops, data.codec_frames, codec_loss, validate_codec, config.codec, weights)
+        return dataclasses.replace(stage, after_update=quantizer.update, after_skip=quantizer.discard)
 
     def speaker() -> Stage:
-        samples = [Pairs(part, config.data.speaker_frames) for part in (training, validation)]
-        return Stage(
-            [model.speaker, model.grader], batches(samples[0], config.speaker), speaker_loss,
-            evaluation(validate_speaker, samples[1]), config.speaker, {"speakers": 1.0, "grader": 1.0}, "frames",
-        )  # fmt: skip
+        weights, trains = {"speakers": 1.0, "grader": 1.0}, [model.speaker, model.grader]
+        return on_crops(trains, Pairs, data.speaker_frames, speaker_loss, validate_speaker, config.speaker, weights)
 
     def vocoder(phase: PhaseConfig) -> Stage:
         assert model.vocoder is not None, "SpeechStageConfig.problems has seen to it"
-        samples = [WaveCrops(part, config.data.vocoder_frames) for part in (training, validation)]
-        return Stage(
-            [model.vocoder], batches(samples[0], phase), vocoder_loss, evaluation(validate_vocoder, samples[1]), phase,
-            {"spectrum": 1.0}, "frames",
-        )  # fmt: skip
+        weights, trains = {"spectrum": 1.0}, [model.vocoder]
+        return on_crops(trains, WaveCrops, data.vocoder_frames, vocoder_loss, validate_vocoder, phase, weights)
 
     def talker() -> Stage:
         return talker_stage(
@@ -186,12 +193,7 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
         phases=phases,
         model_config=to_dict(model_config),
         data_may_change=config.data.on_bad_sample == "skip",
-        lineage={
-            "data": parts.fingerprint,
-            "audio_enc": fingerprint(Path(config.audio_ckpt)),
-            "thinker": fingerprint(Path(config.thinker_ckpt)) if mind and config.thinker_ckpt else None,
-            "tokenizer": mind[1].hash if mind else None,
-        },
+        lineage={"data": parts.fingerprint, **lineage_of(config, mind)},
     )
 
 

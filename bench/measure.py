@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni.boards import Boards
 from omni.config import PhaseConfig
 from omni.plan_types import PhaseCost, Request
 from omni.rehearsal import Rehearsal, count, rehearsal
@@ -75,7 +76,7 @@ class Timed(Rehearsal):
         """Prepare what the loop's own step needs."""
         self.name, self.waiting = name, 0.0
         self.progress = Progress(name, 0, self.stage.config.max_steps)
-        self.boards = []
+        self.boards = Boards()
         self.kept: list[Any] = []
 
     def _fetch(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,24 @@ class Board(Protocol):
         """Hand over what was written."""
 
 
-def open_boards(options: RunConfig, folder: Path, run: str, phase: str, step: int) -> list[Board]:
+class Boards:
+    """Several of them as one; none, where nothing is to be shown."""
+
+    def __init__(self, boards: Sequence[Board] = ()) -> None:
+        self._boards = boards
+
+    def write(self, prefix: str, figures: dict[str, float], step: int) -> None:
+        """Add one point to each curve on each of them."""
+        for board in self._boards:
+            board.write(prefix, figures, step)
+
+    def close(self) -> None:
+        """Close each of them."""
+        for board in self._boards:
+            board.close()
+
+
+def open_boards(options: RunConfig, folder: Path, run: str, phase: str, step: int) -> Boards:
     """The boards that a run asks for and can have.
 
     Args:
@@ -38,7 +56,7 @@ def open_boards(options: RunConfig, folder: Path, run: str, phase: str, step: in
         boards.append(TensorBoard(folder / "tensorboard" / phase, step))
     if options.wandb:
         boards.append(WeightsAndBiases(folder, run, phase))
-    return boards
+    return Boards(boards)
 
 
 class TensorBoard:

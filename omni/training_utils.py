@@ -27,7 +27,7 @@ import torch
 
 from omni import ranks
 from omni.anomaly import AnomalyWatch
-from omni.boards import Board, open_boards
+from omni.boards import Boards, open_boards
 from omni.checkpoint import claim_folder
 from omni.command_line import read_command_line
 from omni.config import PhaseConfig, RunConfig, StageConfig, UserError, changed_keys, to_dict
@@ -134,7 +134,7 @@ class Loop:
         """Train one phase from wherever it stands."""
         set_lr = self._begin_phase(name, build)
         stage = self.stage
-        self.boards: list[Board] = []
+        self.boards = Boards()
         if ranks.rank() == 0:
             self.boards = open_boards(self.options, self.folder.path, self.config.name, name, self.state.step)
         self.progress = Progress(name, self.state.step, stage.config.max_steps)
@@ -146,8 +146,7 @@ class Loop:
         finally:
             stage.stream.close()
             self.progress.close()
-            for board in self.boards:
-                board.close()
+            self.boards.close()
         if self.state.phase < len(self.run.phases) - 1:
             self._save_periodic()
 
@@ -346,8 +345,7 @@ class Loop:
         timing = {"seconds": round(state.seconds, 3), "throughput": round(throughput, 1)}
         record = {"phase": name, "step": state.step, "event": "train", **figures, **counters, "timing": timing}
         self.metrics.write(record)
-        for board in self.boards:
-            board.write("train", figures, state.step)
+        self.boards.write("train", figures, state.step)
         self.progress.line(state.step, f"{format_figures(figures)} | {throughput:.4g} {self.stage.unit}/s")
 
     def _validate(self, name: str) -> None:
@@ -355,8 +353,7 @@ class Loop:
         state, config = self.state, self.stage.config
         figures = state.figures[name] = ranks.by_first(self._figures)
         self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
-        for board in self.boards:
-            board.write("val", figures, state.step)
+        self.boards.write("val", figures, state.step)
         self.progress.line(state.step, "validation: " + format_figures(figures))
         if config.monitor not in figures:
             raise UserError(f"{name}.monitor: found {config.monitor!r}, expected one of {', '.join(figures)}")
