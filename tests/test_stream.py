@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from omni.data.stream import Batch, BatchStream, ordered_batches, pad_to
 from omni.parallel import map_small
@@ -115,3 +118,25 @@ def test_small_pieces_of_work_keep_their_order_and_leave_the_threads_of_the_call
     assert torch.get_num_threads() == before
     with pytest.raises(ZeroDivisionError):
         map_small(lambda number: 1 // number, [1, 0])
+
+
+def test_a_worker_that_ends_while_it_hands_over_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = BatchStream(Samples(40), 4, seed=1, num_workers=1)
+    next(stream)
+    workers = stream._batches._workers  # type: ignore[union-attr]
+
+    def broken(batches: Any) -> Any:
+        os.kill(workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")  # what the trainer's end of the line then says
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "__next__", broken)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        next(stream)
+    stream.close()
+
+
+def test_a_sample_that_breaks_a_connection_is_no_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = BatchStream(Samples(40), 4, seed=1)
+    monkeypatch.setattr(Samples, "sample", lambda *_: (_ for _ in ()).throw(ConnectionResetError(104, "reset")))
+    with pytest.raises(ConnectionResetError):
+        next(stream)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class BatchStream:
         while True:
             if self._batches is None:
                 self._batches = self._start()
-            prepared = _shared(next(self._batches))
+            prepared = _shared(_handed_over(self._batches))
             self._judge(prepared.bad)
             self.rows = prepared.rows
             self.used += 1
@@ -261,6 +262,24 @@ class BatchStream:
         bad = {index: str(sample) for index, sample in keyed if isinstance(sample, UserError)}
         good = [sample for index, sample in keyed if index not in bad]
         return _Prepared([index for index, _ in keyed], self.samples.collate(good) if good else None, bad)
+
+
+def _handed_over(batches: Iterator[_Prepared]) -> _Prepared:
+    """The next batch.
+
+    Raises:
+        RuntimeError: in torch's words, if a worker ended while it handed its batch over: the connection then breaks
+            (or was never made), mostly before torch has noticed the end of the process.
+    """
+    try:
+        return next(batches)
+    except (OSError, EOFError):
+        workers = batches._workers if isinstance(batches, _MultiProcessingDataLoaderIter) else []
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+        for worker in workers:
+            if worker.sentinel in ended:
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) ended while it handed over a batch") from None
+        raise
 
 
 def _shared(own: _Prepared) -> _Prepared:
