@@ -27,10 +27,10 @@ from omni.checkpoint import fingerprint, read_summary
 from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, UserError, to_dict
 from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Encoded, collate_chats
 from omni.data.manifest import settle
-from omni.data.mixture import ChatSamples
+from omni.data.mixture import ChatSamples, replayed
 from omni.data.parts import ChatParts, read_chat_parts
 from omni.data.stream import BatchStream, ordered_batches
-from omni.data.text import document_spans, read_text, tokenize
+from omni.data.text import read_text, tokenize
 from omni.data.voices import Voices
 from omni.evaluate.omni import Examiner
 from omni.features import FeatureStore, UnusableMediaError, collate_media, perceive, with_media
@@ -39,10 +39,12 @@ from omni.losses import next_token_loss_sum
 from omni.models.lora import LoRAConfig, adapters, add_adapters, merged
 from omni.models.omni import OmniConfig, OmniModel
 from omni.models.projector import ProjectorConfig, match_rms
+from omni.models.transcript import transcript_loss_sum
 from omni.runtime import Precision, log
 from omni.talker_stage import talker_stage
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
+from omni.transcript_stage import as_chats, transcript_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class ChatData(DataConfig, FeatureCacheConfig):
     replay_anew: bool = False  # each epoch replays other documents of the text; false: always the first ones
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
     val_questions: int = 64  # asked at each validation, of each task
+    recordings: str | None = None  # stage B's, wav,text: phase `transcripts` hears the Thinker's words in them too
     speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
     speech_val: str | None = None
 
@@ -104,22 +107,28 @@ class OmniSFTConfig(StageConfig):
     data: ChatData
     image_projector: ProjectorConfig
     audio_projector: ProjectorConfig
-    projectors: PhaseConfig  # phase 1: the projectors alone
-    sft: PhaseConfig  # phase 2: projectors and what is not frozen
-    talker: PhaseConfig  # phase 3, for a Talker that gets states: on those of the Thinker as it is now
-    freeze_thinker: bool = False  # phase 2 leaves the Thinker as it is
-    freeze_encoders: bool = True  # false: phase 2 trains them along, and their features are computed in every step
-    lora: LoRAConfig = field(default_factory=LoRAConfig)  # phase 2 trains adapters of the Thinker instead of it
+    projectors: PhaseConfig  # the projectors alone
+    sft: PhaseConfig  # projectors and what is not frozen
+    talker: PhaseConfig  # for a Talker that gets states: on those of the Thinker as it is now
+    transcripts: PhaseConfig | None = None  # first of all: the audio projector alone, as text, without the Thinker
+    freeze_thinker: bool = False  # phase `sft` leaves the Thinker as it is
+    freeze_encoders: bool = True  # false: phase `sft` trains them along, and their features are computed in every step
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # phase `sft` trains adapters of the Thinker instead of it
     lr_ratios: LRRatios = field(default_factory=LRRatios)
+    hear_words: bool = True  # recordings enter the Thinker as the words heard in them; false: as projected states
     ctx_len: int = 0  # 0: the Thinker's
     val_sentences: int = 16  # generated and graded at each validation of the Talker
 
     def problems(self) -> Iterator[Problem]:
-        """What phase 3 lacks, and what phase 2 cannot train."""
+        """What a phase lacks, and what it cannot train."""
         if self.freeze_thinker and self.lora.rank:
             yield Problem("freeze_thinker", f"true with lora.rank {self.lora.rank}", "one of the two")
         if (self.data.speech_train is None) != (self.data.speech_val is None):
             yield Problem("data.speech_val", "speech_train without speech_val or the reverse", "both or neither")
+        if self.data.recordings is not None and self.transcripts is None:
+            yield Problem("transcripts", "null with data.recordings", "the phase that reads them, or no recordings")
+        if self.image_projector.context:
+            yield Problem("image_projector.context", str(self.image_projector.context), "0: only recordings have one")
 
 
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
@@ -129,7 +138,7 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     most of the gradient.
     """
     patches_NPD, states_NTD = perceive(model, batch)
-    heard_NSD = model.project_audio(states_NTD)
+    heard_NSD, log_probs_NSV = model.hear(states_NTD, batch.positions_N)
     x = model.embed(batch.tokens_BT, patches_NPD, heard_NSD, batch.positions_N)
     final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]
     labels = {
@@ -138,7 +147,7 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     }
     sums = {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
     transcripts = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
-    return sums | {"transcripts": model.transcript_loss_sum(heard_NSD, *transcripts)}
+    return sums | {"transcripts": transcript_loss_sum(log_probs_NSV, *transcripts)}
 
 
 class ChatPhases:
@@ -157,7 +166,8 @@ class ChatPhases:
             audio_features=self.features.audio,
             pad_id=tokenizer.pad_id,
         )
-        self._chats = {"training": parts.training, "validation": parts.validation}
+        recordings = as_chats(parts.recordings)
+        self._chats = {"training": parts.training, "validation": parts.validation, "recordings": recordings}
         self._num_read = {part: len(found) for part, found in self._chats.items()}
         self._left_out = parts.left_out
         tasks = sorted({chat.task for chat in parts.training})
@@ -202,12 +212,15 @@ class ChatPhases:
             found = [chat for chat in found if chat.media]
         self.encoder.begin_count()
         encoded = [self.encoder.example(chat.messages, chat.transcript, chat.where) for chat in found]
-        if self.encoder.cuts:
-            cuts, ctx_len, report = self.encoder.cuts, self.encoder.ctx_len, self.encoder.report
+        cuts, ctx_len, report = self.encoder.cuts, self.encoder.ctx_len, self.encoder.report
+        if cuts:
             log.warning("%d of %d chats were cut to %d positions: %s", cuts, len(found), ctx_len, report)
         if self.encoder.unfit:
             log.info("%d transcripts have more tokens than their recordings have positions: unused", self.encoder.unfit)
-        replay = replay_documents(self.config, self.tokenizer, self.encoder.ctx_len) if thinker else []
+        replay = list[Encoded]()
+        if thinker and data.replay_text is not None:
+            text, cache = read_text(data.replay_text, data), self.config.save_dir / "cache"
+            replay = replayed(data.replay_text, tokenize(text, self.tokenizer, cache), self.tokenizer, ctx_len)
         tasks = [chat.task for chat in found]
         weights = {task: weight for task, weight in data.task_weights.items() if task in tasks}
         collate, load = self.collate, None
@@ -230,13 +243,21 @@ class ChatPhases:
             targets += batch.counts["answers"]
         return {"loss": total / targets, **quiz(Examiner(model, self.tokenizer, self.features), chats, self.config)}
 
+    def transcripts(self) -> Stage:
+        """The audio projector as a recognizer of the Thinker's tokens, on stage B's recordings and the chats'."""
+        assert self.config.transcripts is not None
+        chats = [*self.chats("recordings"), *self.chats("training")], self.chats("validation")
+        shared = self.model, self.tokenizer, self.encoder, self.features
+        left_out = self._num_read["recordings"] - len(self._chats["recordings"])
+        return transcript_stage(*shared, chats, self.config.transcripts, self.config.run, left_out)
+
     def projectors(self) -> Stage:
-        """Phase 1: the projectors alone."""
+        """The projectors alone."""
         parts: list[torch.nn.Module] = _projectors(self.model)
         return self._stage(parts, [], self.config.projectors, thinker=False, live=False)
 
     def sft(self) -> Stage:
-        """Phase 2: the projectors and what is not frozen."""
+        """The projectors and what is not frozen."""
         model, config, ratios = self.model, self.config, self.config.lr_ratios
         parts = _projectors(model)
         rates = [ratios.projectors] * len(parts)
@@ -271,7 +292,7 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
     """The fused model and its phases."""
     data = config.data
     speech = (data.speech_train, data.speech_val) if data.speech_train and data.speech_val else None
-    parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data)
+    parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data.recordings, data)
     model, tokenizer, lineage = assemble(config)
     chats = ChatPhases(model, tokenizer, parts, config, precision)
 
@@ -296,6 +317,8 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         )
 
     phases: list[tuple[str, Callable[[], Stage]]] = [("projectors", chats.projectors), ("sft", chats.sft)]
+    if config.transcripts is not None:
+        phases = [("transcripts", chats.transcripts), *phases]
     if parts.speech and model.speech.config.talker.state_dim:  # without states there is nothing new for it to learn
         phases.append(("talker", talker))
     return Run(
@@ -327,6 +350,7 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, Any
         speech.config,
         config.image_projector,
         config.audio_projector,
+        config.hear_words,
     )
     model = OmniModel(omni_config, tokenizer.special[IMAGE], tokenizer.special[AUDIO])
     parts = {"thinker": thinker, "audio_encoder": audio_encoder, "vision_encoder": vision_encoder, "speech": speech}
@@ -354,18 +378,6 @@ def refuse_other_tokenizer(config: OmniSFTConfig, tokenizer: str) -> None:
                 f"{path}: trained with tokenizer {theirs}, but {config.thinker_ckpt} has tokenizer {tokenizer}; "
                 "train that stage again on this Thinker"
             )
-
-
-def replay_documents(config: OmniSFTConfig, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
-    """The documents of stage A's text, in which every token is a label."""
-    if config.data.replay_text is None:
-        return []
-    tokens = tokenize(read_text(config.data.replay_text, config.data), tokenizer, config.save_dir / "cache")
-    pieces = (tokens[start:end].tolist() for start, end in document_spans(tokens, tokenizer, ctx_len))
-    where = f"{config.data.replay_text}: document"
-    return [
-        Encoded(piece[:-1], piece[1:], replay=True, where=f"{where} {number}") for number, piece in enumerate(pieces, 1)
-    ]
 
 
 def quiz(examiner: Examiner, chats: Sequence[Chat], config: OmniSFTConfig) -> dict[str, float]:

@@ -212,9 +212,9 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[tuple[s
     # A configuration that is already wrong is reported as it stands in the file, before the command line's turn.
     if not overrides:
         return from_dict(cls, values, str(path))
-    known, problems = dict(leaves(cls)), list[Problem]()
+    problems = list[Problem]()
     for name, text in overrides:
-        for key in _matches(name, known, problems):
+        for key in _matches(name, known := dict(leaves(cls, values)), problems):  # one may take away a section
             if text is None and known[key].type is not bool:
                 problems.append(Problem(f"--{name}", "no value", f"--{name} VALUE"))
                 continue
@@ -261,15 +261,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def leaves(cls: Any, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
-    """Every settable key of a dataclass, dotted."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for item in dataclasses.fields(cls):
-        kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
-            yield from leaves(kind, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", Leaf(kind, cls)
+def leaves(cls: Any, given: Any = None, prefix: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Every settable key of a dataclass, dotted; of a section that may be null, where the ``given`` values have it."""
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        inside = given.get(name) if isinstance(given, dict) else None
+        sections = [option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)]
+        if not sections or sections[0] is not kind:
+            yield f"{prefix}{name}", Leaf(kind, cls)
+        if sections and (sections[0] is kind or isinstance(inside, dict)):
+            yield from leaves(sections[0], inside, f"{prefix}{name}.")
 
 
 def _matches(name: str, known: dict[str, Leaf], problems: list[Problem]) -> list[str]:

@@ -176,7 +176,6 @@ def _frames(encoder: AudioEncoder, paths: Sequence[str]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def encode_pixels(encoder: VisionEncoder, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Patch tokens [P, D], fp16 on the CPU, of pictures given as uint8 [3, image_size, image_size]."""
     device = next(encoder.parameters()).device

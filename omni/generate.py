@@ -154,7 +154,7 @@ def generate(
 @torch.no_grad()
 def embed_batch(model: OmniModel, batch: ChatBatch) -> torch.Tensor:
     """Embeddings of a batch of prompts."""
-    heard_NSD = model.project_audio(batch.states_NTD)
+    heard_NSD, _ = model.hear(batch.states_NTD, batch.positions_N)
     return model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
 
 

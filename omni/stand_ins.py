@@ -151,9 +151,10 @@ class _StandIns:
         text.write_text(self._some_text(ctx_len, self.data["replay_text"], 0), encoding="utf-8")
         self.data |= {"train": str(chats), "val": str(chats), "task_weights": {}, "feature_cache_gb": 0.0}
         self.data |= {"feature_cache": None, "replay_text": str(text) if self.data["replay_text"] else None}
-        if self.data["speech_train"]:
-            path = self._recordings(self.data["speech_train"])
-            self.data |= {"speech_train": path, "speech_val": path}
+        for key in ("speech_train", "recordings"):
+            if self.data[key]:
+                self.data[key] = self._recordings(self.data[key], key)
+        self.data["speech_val"] = self.data["speech_train"]
 
     # ---- data ----
 
@@ -169,8 +170,8 @@ class _StandIns:
             size += len(documents[-1])
         return "\n\n".join(documents) + "\n"
 
-    def _recordings(self, real: str) -> str:
-        """A manifest of recordings."""
+    def _recordings(self, real: str, name: str = "train") -> str:
+        """A manifest of recordings, of its own name."""
         rows: list[tuple[str, str, str]]
         found = rows_of(real)
         if found:
@@ -185,7 +186,7 @@ class _StandIns:
             rows = [(path, text, f"voice {index % 4}") for index, (path, text) in enumerate(self._noises())]
         buffer = io.StringIO()
         csv.writer(buffer).writerows([("wav", "text", "speaker"), *rows])
-        path = self.folder / "recordings.csv"
+        path = self.folder / f"{name}.csv"
         path.write_text(buffer.getvalue(), encoding="utf-8")
         return str(path)
 

@@ -51,6 +51,7 @@ class Example(StageConfig):
     other: Shape = field(default_factory=Shape)
     first: PhaseConfig
     second: PhaseConfig
+    third: PhaseConfig | None = None
 
 
 def values(**changes: Any) -> dict[str, Any]:
@@ -144,6 +145,15 @@ def test_overrides_dotted_unique_and_for_every_phase(tmp_path: Path) -> None:
     assert (config.run.seed, config.model.dim, config.other.dim) == (7, 16, 8)
     assert config.path is None and config.run.use_amp is False and config.run.val_freq == 5 and not fresh
     assert read_command_line(Example, ["--fresh", *words])[1]
+
+
+def test_a_phase_that_may_be_left_out_can_be_set_where_it_is_there(tmp_path: Path) -> None:
+    with_third = write(tmp_path, values(third=dict(PHASE)))
+    config = load_config(Example, with_third, [("third.lr", "0.5"), ("max_steps", "7")])
+    assert config.third == PhaseConfig(max_steps=7, batch_size=2, lr=0.5) and config.first.max_steps == 7
+    assert load_config(Example, with_third, [("third", "null"), ("max_steps", "7")]).third is None
+    assert load_config(Example, write(tmp_path, values()), [("max_steps", "7")]).third is None
+    assert "--third.lr: found an unknown key" in message(values(), tmp_path, ("third.lr", "0.5"))[0]
 
 
 @pytest.mark.parametrize("key", ["max_steps", "batch_size", "lr", "gradient_accumulation_steps"])

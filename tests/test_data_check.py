@@ -145,7 +145,7 @@ def test_chats_and_what_else_stage_e_reads(run_check: Check, tmp_path: Path) -> 
     (tmp_path / "replay.txt").write_bytes(b"fine\n\xff\n")
     code, lines = run_check(
         "omni", train="sft/train.jsonl", val="sft/val.jsonl", replay_text="replay.txt",
-        speech_train="audio/train.csv", speech_val="audio/val.csv",
+        speech_train="audio/train.csv", speech_val="audio/val.csv", recordings="audio/train.csv",
     )  # fmt: skip
     assert code == 1 and lines[-1] == "1 configurations, 5 problems, 1 warnings"
     expected = [

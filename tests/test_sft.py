@@ -230,6 +230,38 @@ def test_a_resume_with_other_adapters_or_groups_is_refused(words, expected, conf
     assert expected in "".join(capfd.readouterr())
 
 
+# ---- hearing words ----
+
+PHASE = '{"max_steps": 80, "batch_size": 8, "lr": 0.03, "warmup_steps": 1}'
+
+
+def recordings_of(config: Path, numbers: range) -> Path:
+    """A table like stage B's."""
+    path = config.parent / f"recordings_{numbers.stop}.csv"
+    path.write_text("wav,text\n" + "".join(f"{number}.wav,two\n" for number in numbers))
+    return path
+
+
+def test_recordings_teach_the_audio_projector_before_all_else(config, tmp_path):
+    words = ("--transcripts", PHASE, "--projectors.max_steps", "1", "--sft.max_steps", "1")
+    assert train(config, tmp_path / "run", *words, "--data.recordings", str(recordings_of(config, range(6)))) == 0
+    found = [record for record in metrics(tmp_path / "run") if record["phase"] == "transcripts"]
+    losses = [record["loss"] for record in found if record["event"] == "train"]
+    figures = [record for record in found if record["event"] == "val"]
+    assert losses[-1] < 0.5 * losses[0] and figures[-1]["loss"] < figures[0]["loss"]
+    assert figures[-1]["wer"] == 0.0  # all of them say "two"
+    assert train(config, tmp_path / "chats", *words) == 0  # without a table the chats' own transcripts teach
+
+
+def test_recordings_without_the_phase_and_held_out_ones_are_refused(config, tmp_path, capfd):
+    table = str(recordings_of(config, range(6)))
+    assert train(config, tmp_path / "run", "--data.recordings", table) == 1
+    assert "transcripts: found null with data.recordings" in "".join(capfd.readouterr())
+    table = str(recordings_of(config, range(7)))  # one of them is asked about in validation
+    assert train(config, tmp_path / "run", "--data.recordings", table, "--transcripts", PHASE) == 1
+    assert "6.wav" in "".join(capfd.readouterr())
+
+
 # ---- the trace ----
 
 
@@ -238,7 +270,7 @@ def test_a_trace_says_what_the_projectors_do(config, trained):
     image, audio = trace_checkpoint(checkpoint)
     model, _ = load_omni(checkpoint)
     assert list(image.after) == ["stacked", "pre_norm", "gated", "down", "post_norm"]
-    assert list(audio.after) == ["stacked", "hidden", "down", "post_norm"]
+    assert list(audio.after) == ["stacked", "hidden", "down", "post_norm", "as_written"]
     assert image.after["stacked"].shape == [model.image_positions, 3 * 16]
     assert image.after["post_norm"].shape == [model.image_positions, 32]
     for trace, projector in ((image, model.image_projector), (audio, model.audio_projector)):

@@ -21,8 +21,8 @@ from omni.speech_text import spoken_words
 from omni.stages import StageInfo, read_raw_config, stage_of_config
 from omni.tokenizer import Characters, needed_steps, spoken_text
 
-# what each key of a stage's data names; of several of one kind the first (and `also_train`) is for training, the others
-# are held out
+# what each key of a stage's data names; of several of one kind the first is for training, and those of _ALSO_TRAINING;
+# the others are held out
 _SPEECH = {
     "train": "speech",
     "also_train": "speech",
@@ -32,6 +32,7 @@ _SPEECH = {
     "test_shuffled": "speech",
     "test_voices": "speech",
 }
+_ALSO_TRAINING = ("also_train", "primer", "speech_train")
 _MANIFESTS = {
     "thinker": {"train": "text", "primer": "text", "val": "text", "test": "text"},
     "audio_enc": _SPEECH,
@@ -41,7 +42,7 @@ _MANIFESTS = {
     "talker": _SPEECH,
     "omni": {
         "train": "chats", "val": "chats", "test": "chats", "replay_text": "text",
-        "speech_train": "speech", "speech_val": "speech",
+        "recordings": "speech", "speech_train": "speech", "speech_val": "speech",
     },
 }  # fmt: skip
 
@@ -144,7 +145,7 @@ def _read_task(path: Path) -> _Task:
             if not isinstance(manifest, str) or not manifest:
                 raise UserError(f"{path}: data.{key}: found {manifest!r}, expected a path")
             first = all(known != kind for known, *_ in manifests)
-            manifests.append((kind, manifest, first or key in ("also_train", "primer")))
+            manifests.append((kind, manifest, first or key in _ALSO_TRAINING))
     return _Task(stage, rules, encoder, manifests)
 
 

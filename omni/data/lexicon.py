@@ -273,7 +273,14 @@ STORY_QUESTIONS = {
     "race": (("who won the race?", "the {animal}"), ("who was slow?", "the {pet}")),
     "letter": (("who wrote the letter?", "{a}"), ("what color is the {o}?", "{c}")),
 }
-ECHOES = ("repeat after me: {words}.", "please say: {words}.", "say this again: {words}.")
+ECHOES = (
+    "repeat after me: {words}",
+    "please say: {words}",
+    "say this again: {words}",
+    "{words} say that again.",
+    "{words} repeat what i said.",
+    f"{{words}} {REQUESTS['asr']}",
+)
 STORY_REQUESTS = (
     "tell me a story about {subject}.",
     "can you tell me a story about {subject}?",

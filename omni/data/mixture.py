@@ -10,6 +10,24 @@ import numpy as np
 from omni.config import UserError
 from omni.data.dialogue import ChatBatch, Encoded
 from omni.data.stream import Quota
+from omni.data.text import document_spans
+from omni.tokenizer import Tokenizer
+
+
+def replayed(name: str, tokens: np.ndarray, tokenizer: Tokenizer, ctx_len: int) -> list[Encoded]:
+    """The documents of stage A's text as chats in which every token is a label.
+
+    Args:
+        name: of the text, for messages.
+        tokens: the text's.
+        tokenizer: which made them.
+        ctx_len: tokens of a document, at most; longer ones become several.
+    """
+    pieces = (tokens[start:end].tolist() for start, end in document_spans(tokens, tokenizer, ctx_len))
+    where = f"{name}: document"
+    return [
+        Encoded(piece[:-1], piece[1:], replay=True, where=f"{where} {number}") for number, piece in enumerate(pieces, 1)
+    ]
 
 
 class ChatSamples:

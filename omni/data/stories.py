@@ -107,13 +107,17 @@ def talk(world: World, rng: random.Random, kind: str) -> Turns:
     return [(rng.choice(said).format(**words), fix_articles(rng.choice(answers).format(**words)))]
 
 
-def echo(world: World, rng: random.Random) -> Turns:
-    """Ask for some words again, in any order of theirs: only who looks them up can say them.
+def echo(world: World, rng: random.Random, split: str) -> Turns:
+    """Ask for words again, mostly in any order of theirs: only who looks them up can say them.
 
-    In all other text most of the next word is grammar, and looking up pays late. Here nothing else pays.
+    In all other text most of the next word is grammar, and looking up pays late. Here nothing else pays. Transcription
+    is the same skill: stage E asks for it after the words, and so do some of these.
     """
-    words = rng.sample((*world.words, *world.names, *OBJECTS, *COLOURS, *NUMBERS), rng.randint(4, 12))
-    said = " ".join(words)
+    if rng.random() < 0.3:
+        said = grammar_sentence(world, rng, split)
+    else:
+        words = rng.sample((*world.words, *world.names, *OBJECTS, *COLOURS, *NUMBERS), rng.randint(2, 12))
+        said = " ".join(words) + "."
     return [(rng.choice(ECHOES).format(words=said), said)]
 
 
@@ -158,7 +162,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
     """Draw one document of stage A. `split` is train, val or test; only the scenes in it differ by split."""
     shares = {
         "scene": 28, "captions": 3, "story": 8, "story_qa": 3, "people": 14, "numbers": 20, "sums": 8, "facts": 3,
-        "closed": 14, "talk": 4, "echo": 9,
+        "closed": 14, "talk": 4, "echo": 12,
     }  # fmt: skip
     kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind == "scene":
@@ -175,7 +179,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
         rng.shuffle(asked)
         return chat_document([(f"{told} {asked[0][0]}", asked[0][1]), *asked[1:2]])
     if kind == "echo":
-        return chat_document(echo(world, rng))
+        return chat_document(echo(world, rng, split))
     if kind == "people":
         return _people_document(world, rng)
     if kind == "talk":
@@ -192,10 +196,13 @@ def primer_document(world: World, rng: random.Random) -> str:
 
     Where there is one thing alone it is enough to know what was said; and where all else is to be learned at the same
     time, a small Thinker loses the heads that look things up before it needs them. Of things in some documents only
-    the places are asked: of two words each, they are learned last, and not at all where they are asked about little
-    (docs/log.md).
+    the places are asked: of two words each, they are learned last, and not at all where they are asked about little.
+    Some others are to be repeated: where every answer is a word or two, the heads that find what followed a word learn
+    to stop there, and later neither text nor recordings can be said again (docs/log.md).
     """
-    kind = rng.choices(("people", "scene", "places"), (2, 1, 1))[0]
+    kind = rng.choices(("people", "scene", "places", "echo"), (2, 1, 1, 1))[0]
+    if kind == "echo":
+        return chat_document(echo(world, rng, "train"))
     if kind != "people":
         left_out = {"count"} if kind == "scene" else set(PICTURE_QUESTIONS) - {"place", "at_place"}  # the count is easy
         asked: dict[str, list[Question]] = {}

@@ -71,9 +71,9 @@ class Trace:
         stack: states a position.
         parameters: of the projector.
         before: the spread of every step, in order, for a projector as training begins with it.
-        after: the same for the projector as it is.
+        after: the same for the projector as it is; of recordings that enter as words, with what they are read as.
         embeddings: the spread of the Thinker's token embeddings.
-        variances: of each dimension of what leaves the projector, over the positions of the sample.
+        variances: of each dimension of what enters the Thinker (the last step), over the positions of the sample.
         embedding_variances: of each dimension of the token embeddings, over the vocabulary.
         stackings: the same projector for other numbers of stacked states.
     """
@@ -89,6 +89,11 @@ class Trace:
     variances: list[float]
     embedding_variances: list[float]
     stackings: list[Stacking]
+
+    @property
+    def entering(self) -> str:
+        """The last step: what enters the Thinker."""
+        return list(self.after)[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -130,7 +135,7 @@ def trace_audio(model: OmniModel, states_TD: torch.Tensor, source: str) -> Trace
     """Trace a recording's encoder states; see :class:`Trace`."""
     config, (num_states, dim) = model.config.audio_projector, states_TD.shape
     stackings = [Stacking(k, -(-num_states // k), _size(model, dim, config, k)) for k in STACKS]
-    stacked = stack_states(states_TD[None], config.stack)[0]
+    stacked = stack_states(states_TD[None], config.stack, config.context)[0]
     return _trace(model, "audio", source, config, model.audio_projector, stacked, dim, stackings)
 
 
@@ -151,17 +156,28 @@ def _trace(
         torch.manual_seed(0)
         new = build_projector(dim, embeddings_VD.shape[1], config)
     match_rms(new, embeddings_VD)
-    after = projector.walk(stacked)
+    hears_words = modality == "audio" and model.config.hear_words
+
+    def walk(projector: Projector) -> dict[str, torch.Tensor]:
+        steps = projector.walk(stacked)
+        if hears_words:
+            projected_1SD = steps["post_norm"][None]
+            log_probs_1SV = model.transcript_head(projected_1SD, embeddings_VD)
+            size_1 = torch.tensor([projected_1SD.shape[1]], device=stacked.device)
+            steps["as_written"] = model.transcript_head.as_written(log_probs_1SV, embeddings_VD, size_1)[0]
+        return steps
+
+    after = walk(projector)
     return Trace(
         modality,
         source,
         config.kind,
         config.stack,
         _num_parameters(projector),
-        {name: spread(x) for name, x in new.to(stacked.device).walk(stacked).items()},
+        {name: spread(x) for name, x in walk(new.to(stacked.device)).items()},
         {name: spread(x) for name, x in after.items()},
         spread(embeddings_VD),
-        _variances(after["post_norm"]),
+        _variances(list(after.values())[-1]),
         _variances(embeddings_VD),
         stackings,
     )
@@ -212,7 +228,7 @@ def _lines(trace: Trace) -> list[str]:
     for name, after in trace.after.items():
         lines += [_line(f"{name}, before training", trace.before[name]), _line(f"{name}, now", after)]
     lines.append(_line("token embeddings", trace.embeddings))
-    for name, values in (("post_norm", trace.variances), ("embeddings", trace.embedding_variances)):
+    for name, values in ((trace.entering, trace.variances), ("embeddings", trace.embedding_variances)):
         ordered = sorted(values)
         median = ordered[len(ordered) // 2]
         dead = sum(value < 0.01 * median for value in values)
@@ -240,7 +256,7 @@ def trace_picture(trace: Trace, folder: Path) -> Sample:
     figure = new_figure(2.6)
     left, right = figure.subplots(1, 2)
     spreads = (
-        ("before training", trace.before["post_norm"]), ("now", trace.after["post_norm"]),
+        ("before training", trace.before[trace.entering]), ("now", trace.after[trace.entering]),
         ("token embeddings", trace.embeddings),
     )  # fmt: skip
     for name, found in spreads:
@@ -255,7 +271,7 @@ def trace_picture(trace: Trace, folder: Path) -> Sample:
     label(right, "variance of each dimension", x="dimensions, the largest first")
     right.legend(fontsize=6)
     picture = save_figure(figure, folder / f"projector_{trace.modality}.jpg")
-    now = trace.after["post_norm"]
+    now = trace.after[trace.entering]
     texts = (
         ("sample", trace.source),
         ("projector", f"{trace.kind}, {trace.stack} states a position, {trace.parameters:,} parameters"),

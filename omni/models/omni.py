@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
-from omni.models.ctc import ctc_sum
 from omni.models.lora import LoRAConfig, add_adapters
 from omni.models.projector import (
     ProjectorConfig,
-    TranscriptHead,
     build_projector,
     num_stacked,
     stack_patches,
@@ -24,6 +22,7 @@ from omni.models.projector import (
 )
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
+from omni.models.transcript import TranscriptHead
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 
 
@@ -37,6 +36,7 @@ class OmniConfig:
     speech: SpeechConfig
     image_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     audio_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    hear_words: bool = False  # recordings enter as the words heard in them, not as projected states
     lora: LoRAConfig | None = None  # of the Thinker, where they are not merged into its weights
 
 
@@ -70,28 +70,34 @@ class OmniModel(nn.Module):
         """Patch tokens to embeddings [N, image_positions, D]."""
         return self.image_projector(stack_patches(patches_NPD, self.config.image_projector.stack))
 
-    def project_audio(self, states_NTD: torch.Tensor) -> torch.Tensor:
-        """Audio states to embeddings [N, ceil(T / stack), D]; of no recordings, none."""
-        if not len(states_NTD):
-            return states_NTD.new_zeros(0, 0, self.config.thinker.dim)
-        return self.audio_projector(stack_states(states_NTD, self.config.audio_projector.stack))
+    def transcribe(self, states_NTD: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [N, ceil(T / stack), 1 + V] of what recordings say, from audio states padded with zeros."""
+        return self.transcript_head(self._project_audio(states_NTD), self.thinker.embed_tokens.weight)
 
-    def transcript_loss_sum(
-        self, heard_NSD: torch.Tensor, positions_N: torch.Tensor, tokens_NS: torch.Tensor, num_tokens_N: torch.Tensor
-    ) -> torch.Tensor:
-        """CTC loss of the recordings' transcripts, summed over the recordings that have one.
+    def hear(self, states_NTD: torch.Tensor, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What recordings put into the Thinker's sequence, and what they say.
 
         Args:
-            heard_NSD: projected states of all recordings, padded.
+            states_NTD: audio encoder states, padded with zeros.
             positions_N: positions that each recording takes.
-            tokens_NS: transcripts, padded.
-            num_tokens_N: tokens of each; 0 where there is no transcript, or none that fits into the positions.
+
+        Returns:
+            Embeddings [N, ceil(T / stack), D], and log-probabilities [N, ceil(T / stack), 1 + V] of the transcript's
+            symbols in the order of time; of no recordings, none.
         """
-        known_N = num_tokens_N > 0
-        if not bool(known_N.any()):
-            return heard_NSD.new_zeros(())
-        log_probs_NSV = self.transcript_head(heard_NSD[known_N], self.thinker.embed_tokens.weight)
-        return ctc_sum(log_probs_NSV, tokens_NS[known_N] + 1, positions_N[known_N], num_tokens_N[known_N])
+        embeddings_VD = self.thinker.embed_tokens.weight
+        if not len(states_NTD):
+            V, D = embeddings_VD.shape
+            return states_NTD.new_zeros(0, 0, D), states_NTD.new_zeros(0, 0, 1 + V)
+        projected_NSD = self._project_audio(states_NTD)
+        log_probs_NSV = self.transcript_head(projected_NSD, embeddings_VD)
+        if not self.config.hear_words:
+            return projected_NSD, log_probs_NSV
+        return self.transcript_head.as_written(log_probs_NSV, embeddings_VD, positions_N), log_probs_NSV
+
+    def _project_audio(self, states_NTD: torch.Tensor) -> torch.Tensor:
+        config = self.config.audio_projector
+        return self.audio_projector(stack_states(states_NTD, config.stack, config.context))
 
     def embed(
         self,
@@ -105,7 +111,7 @@ class OmniModel(nn.Module):
         Args:
             tokens_BT: tokens with ``image_positions`` placeholders a picture and ``positions_N`` a recording.
             patches_NPD: features of all pictures, in the order of their placeholders, row by row.
-            heard_NSD: projected states of all recordings, likewise, padded; from :meth:`project_audio`.
+            heard_NSD: embeddings of all recordings, likewise, padded; from :meth:`hear`.
             positions_N: positions that each recording takes; what is beyond was cut.
         """
         x = self.thinker.embed(tokens_BT)

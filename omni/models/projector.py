@@ -27,6 +27,12 @@ class ProjectorConfig:
     kind: Literal["linear", "swiglu"] = "swiglu"
     stack: int = 4  # states a position; of pictures rectangles of patches, squares where the number is one
     hidden_dim: int = 512
+    context: int = 0  # positions on each side whose states a position of a recording sees as well
+
+    @property
+    def reach(self) -> int:
+        """States that one position sees."""
+        return self.stack * (1 + 2 * self.context)
 
     def problems(self) -> Iterator[Problem]:
         """Shapes that cannot be built."""
@@ -34,6 +40,8 @@ class ProjectorConfig:
             yield Problem("stack", str(self.stack), "at least 1")
         if self.hidden_dim < 1:
             yield Problem("hidden_dim", str(self.hidden_dim), "at least 1")
+        if self.context < 0:
+            yield Problem("context", str(self.context), "at least 0")
 
 
 class LinearProjector(nn.Module):
@@ -41,7 +49,7 @@ class LinearProjector(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, config: ProjectorConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(in_dim * config.stack, config.hidden_dim)
+        self.up = nn.Linear(in_dim * config.reach, config.hidden_dim)
         self.down = nn.Linear(config.hidden_dim, out_dim)
         self.post_norm = RMSNorm(out_dim)
         init_weights(self)
@@ -62,9 +70,9 @@ class SwiGLUProjector(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, config: ProjectorConfig) -> None:
         super().__init__()
-        self.pre_norm = RMSNorm(in_dim * config.stack)
-        self.gate = nn.Linear(in_dim * config.stack, config.hidden_dim, bias=False)
-        self.up = nn.Linear(in_dim * config.stack, config.hidden_dim, bias=False)
+        self.pre_norm = RMSNorm(in_dim * config.reach)
+        self.gate = nn.Linear(in_dim * config.reach, config.hidden_dim, bias=False)
+        self.up = nn.Linear(in_dim * config.reach, config.hidden_dim, bias=False)
         self.down = nn.Linear(config.hidden_dim, out_dim, bias=False)
         self.post_norm = RMSNorm(out_dim)
         init_weights(self)
@@ -81,26 +89,6 @@ class SwiGLUProjector(nn.Module):
         return {"stacked": stacked, "pre_norm": h, "gated": gated, "down": down, "post_norm": self.post_norm(down)}
 
 
-class TranscriptHead(nn.Module):
-    """Reads projected audio as text: CTC (Graves et al., 2006) over the Thinker's own tokens.
-
-    The logits are products with the Thinker's token embeddings: what is learned is to say each word where it is heard
-    by nearly the embedding that it has in writing. Without it the way from sounds to words has to be found through the
-    whole Thinker. Measured: word error rate 0.13 after 300 steps of the projector alone; 0.59 after all of phase `sft`.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.blank_D = nn.Parameter(torch.randn(dim) * 0.1)
-        self.log_scale = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, projected_NSD: torch.Tensor, embeddings_VD: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [N, S, 1 + V], fp32; index 0 is blank, 1 + t the token t."""
-        with torch.autocast(projected_NSD.device.type, enabled=False):
-            symbols_VD = torch.cat([self.blank_D[None], embeddings_VD.float()])
-            return (self.log_scale.exp() * projected_NSD.float() @ symbols_VD.T).log_softmax(dim=-1)
-
-
 Projector = LinearProjector | SwiGLUProjector
 
 
@@ -115,11 +103,15 @@ def match_rms(projector: Projector, embeddings_VD: torch.Tensor) -> None:
         projector.post_norm.weight.fill_(embeddings_VD.float().square().mean().sqrt())
 
 
-def stack_states(states_BTD: torch.Tensor, stack: int) -> torch.Tensor:
-    """[B, T, D] to [B, ceil(T / stack), stack * D]; the last group is padded with zeros."""
+def stack_states(states_BTD: torch.Tensor, stack: int, context: int = 0) -> torch.Tensor:
+    """[B, T, D] to [B, ceil(T / stack), (1 + 2 * context) * stack * D]; the last group is padded with zeros.
+
+    With a ``context`` each group has those beside it on both sides, in their order; beyond the ends they are zeros.
+    """
     B, T, D = states_BTD.shape
-    padded = F.pad(states_BTD, (0, 0, 0, -T % stack))
-    return padded.reshape(B, -1, stack * D)
+    groups = F.pad(states_BTD, (0, 0, 0, -T % stack)).reshape(B, -1, stack * D)
+    padded = F.pad(groups, (0, 0, context, context))
+    return torch.cat([padded[:, shift : shift + groups.shape[1]] for shift in range(1 + 2 * context)], dim=-1)
 
 
 def patch_rectangle(stack: int) -> tuple[int, int]:

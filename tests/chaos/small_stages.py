@@ -52,7 +52,7 @@ STAGES = {
     "B": Script("train_audio_enc", "AudioConfig", "audio_enc", ("train",), 30),
     "C": Script("train_vision", "VisionStageConfig", "vision", ("train",), 30),
     "D": Script("train_talker", "SpeechStageConfig", "talker", ("codec", "speaker", "vocoder", "talker"), 10),
-    "E": Script("sft_omni", "OmniSFTConfig", "omni", ("projectors", "sft", "talker"), 10),
+    "E": Script("sft_omni", "OmniSFTConfig", "omni", ("transcripts", "projectors", "sft", "talker"), 10),
 }
 _FILES = {"A": "thinker", "B": "audio_enc", "C": "vision", "D": "talker", "E": "omni_sft"}
 _BATCH_SIZES = {"A": 2, "B": 4, "C": 6, "D": 4, "E": 6}
@@ -72,7 +72,8 @@ def write_config(letter: str, world: Path, inputs: Path, out: Path) -> Path:
     if script.kind in MODELS:
         values["model"] = MODELS[script.kind]
     for phase in script.phases:
-        values[phase] = values.get(phase, values.get("speaker")) | {  # nano trains no vocoder
+        of_nano = values.get(phase) or values.get("speaker") or values["projectors"]  # nano does not have all of them
+        values[phase] = of_nano | {
             "max_steps": script.steps, "batch_size": _BATCH_SIZES[letter], "gradient_accumulation_steps": 3,
             "warmup_steps": 2,
         }  # fmt: skip
@@ -97,6 +98,6 @@ def _of_stage(letter: str, values: dict[str, Any]) -> None:
     if letter in "DE":
         values["val_sentences"] = 1
     if letter == "E":
-        values["data"]["val_questions"] = 1
+        values["data"] |= {"val_questions": 1, "recordings": values["data"]["speech_train"]}
         for projector in ("image_projector", "audio_projector"):
             values[projector]["hidden_dim"] = 16

@@ -1,0 +1,92 @@
+"""Stage E's first phase: the audio projector learns to hear the Thinker's tokens, without the Thinker."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from omni.config import PhaseConfig, RunConfig
+from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Message, Part, collate_chats
+from omni.data.manifest import Row
+from omni.data.mixture import ChatSamples
+from omni.data.stream import BatchStream, ordered_batches
+from omni.features import FeatureStore
+from omni.metrics import word_error_rate
+from omni.models.omni import OmniModel
+from omni.models.transcript import read_tokens, transcript_loss_sum
+from omni.runtime import log
+from omni.tokenizer import Tokenizer, spoken_text
+from omni.training_types import Stage
+
+
+def as_chats(rows: Sequence[Row]) -> list[Chat]:
+    """Rows of a speech manifest as chats that ask for a transcript and get it."""
+    found = []
+    for row in rows:
+        text = str(row.values["text"])
+        asked = Message("user", (Part("audio", str(row.path("wav"))),))
+        found.append(Chat(row.where, [asked, Message("assistant", (Part("text", text),))], "asr", transcript=text))
+    return found
+
+
+def transcript_stage(
+    model: OmniModel,
+    tokenizer: Tokenizer,
+    encoder: ChatEncoder,
+    features: FeatureStore,
+    chats: tuple[Sequence[Chat], Sequence[Chat]],
+    config: PhaseConfig,
+    run: RunConfig,
+    left_out: int = 0,
+) -> Stage:
+    """Describe the phase.
+
+    A step of it costs a hundredth of one through the Thinker, so that words that occur in few chats are heard often.
+
+    Args:
+        model: of which the audio projector and the transcript head are trained.
+        tokenizer: the Thinker's.
+        encoder: makes tokens of the transcripts.
+        features: the recordings, encoded.
+        chats: to train on and to validate on; those that count have a transcript that fits.
+        config: length, batch size and learning rate.
+        run: the run's keys.
+        left_out: chats that cannot be used.
+    """
+    collate = functools.partial(
+        collate_chats, image_features=features.image, audio_features=features.audio, pad_id=tokenizer.pad_id
+    )
+    parts = []
+    for part in chats:
+        found = [
+            encoder.example([Message("user", (Part("audio", chat.paths("audio")[0]),))], chat.transcript, chat.where)
+            for chat in part
+            if chat.transcript and len(chat.paths("audio")) == 1
+        ]
+        heard = [chat for chat in found if chat.transcript]  # else it does not fit
+        if len(heard) < len(found):
+            log.info("%d transcripts have more tokens than their recordings have positions", len(found) - len(heard))
+        parts.append(ChatSamples(heard, ["all"] * len(heard), {}, collate))
+
+    def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
+        log_probs_NSV = model.transcribe(batch.states_NTD)
+        targets = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
+        return {"transcripts": transcript_loss_sum(log_probs_NSV, *targets)}
+
+    def evaluate(model: OmniModel) -> dict[str, float]:
+        total, targets, said, heard = 0.0, 0, list[str](), list[str]()
+        for batch in ordered_batches(parts[1], 32, run.val_batches, parts[1].lengths):
+            batch = batch.to(next(model.parameters()).device)
+            total += float(loss(model, batch)["transcripts"])
+            targets += batch.counts["transcripts"]
+            rows = zip(batch.transcripts_NS.tolist(), batch.num_transcript_N.tolist(), strict=True)
+            said += [spoken_text(tokenizer.decode(tokens[:size])) for tokens, size in rows]
+            found = read_tokens(model.transcribe(batch.states_NTD), batch.positions_N)
+            heard += [spoken_text(tokenizer.decode(tokens)) for tokens in found]
+        return {"loss": total / targets, "wer": word_error_rate(said, heard).value}
+
+    trains: list[torch.nn.Module] = [model.audio_projector, model.transcript_head]
+    stream = BatchStream(parts[0], config.batch_size, run.seed, parts[0].lengths, run.num_workers, left_out=left_out)
+    return Stage(trains, stream, loss, evaluate, config, {"transcripts": 1.0}, unit="transcripts")
