@@ -44,7 +44,7 @@ from omni.runtime import Precision, log
 from omni.talker_stage import talker_stage
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
-from omni.transcript_stage import as_chats, transcript_stage
+from omni.transcript_stage import as_chats, refuse_without_transcripts, transcript_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +293,8 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
     data = config.data
     speech = (data.speech_train, data.speech_val) if data.speech_train and data.speech_val else None
     parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data.recordings, data)
+    if config.hear_words:
+        refuse_without_transcripts(data.train, parts.training, parts.recordings)
     model, tokenizer, lineage = assemble(config)
     chats = ChatPhases(model, tokenizer, parts, config, precision)
 

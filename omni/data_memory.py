@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omni.audio import MelConfig, recording_seconds
 from omni.config import DataConfig, UserError, from_dict
@@ -13,11 +13,14 @@ from omni.data.images import CACHE_BYTES as PICTURE_BYTES
 from omni.data.manifest import Row
 from omni.data.speech import CACHE_BYTES as FRAME_BYTES
 from omni.data.speech import scan_speech_manifest
+from omni.models.audio_encoder import AudioEncoderConfig
+from omni.models.vision_encoder import VisionConfig
 from omni.parallel import map_small
+from omni.summary import read_summary
 
+Shape = TypeVar("Shape")
 LENIENT = DataConfig(on_bad_sample="skip", max_bad_fraction=1.0, allow_outside_paths=True, allow_leaks=True)
 _ASKED = 200  # recordings of chats whose headers are read; the others are taken to be as long
-_STATES_A_SECOND = 25
 
 
 def data_memory(kind: str, values: dict[str, Any]) -> int | None:
@@ -32,7 +35,7 @@ def data_memory(kind: str, values: dict[str, Any]) -> int | None:
         many, size = sum(_num_entries(path) for path in paths), values["model"]["image_size"]
         return min(PICTURE_BYTES * len(paths), many * 3 * size * size)
     if kind == "omni":
-        return _features(paths)
+        return _features(values, paths)
     mel = from_dict(MelConfig, values["model"]["mel"], "model.mel")
     total = 0
     for path in paths:
@@ -64,8 +67,8 @@ def _num_entries(path: str) -> int:
     return len(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _features(paths: Sequence[str]) -> int:
-    """Features of the distinct pictures and recordings of chats, fp16; 256 wide and 64 patches a picture."""
+def _features(values: dict[str, Any], paths: Sequence[str]) -> int:
+    """Features of the distinct pictures and recordings of chats, and of the table of recordings, fp16."""
     found: dict[str, dict[Path, None]] = {"image": {}, "audio": {}}
     for path in map(Path, paths):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -76,4 +79,14 @@ def _features(paths: Sequence[str]) -> int:
     sounds = list(found["audio"])
     asked = sounds[:: max(1, len(sounds) // _ASKED)]
     seconds = sum(recording_seconds(path) for path in asked) / max(1, len(asked)) * len(sounds)
-    return 2 * 256 * int(64 * len(found["image"]) + _STATES_A_SECOND * seconds)
+    if values["data"]["recordings"]:
+        seconds += sum(map_small(seconds_of, rows_of(values["data"]["recordings"])))
+    seeing = _shape(VisionConfig, values["vision_ckpt"])
+    hearing = _shape(AudioEncoderConfig, values["audio_ckpt"])
+    states = seconds * hearing.mel.frame_rate / hearing.reduction
+    return 2 * int(seeing.dim * seeing.num_patches * len(found["image"]) + hearing.dim * states)
+
+
+def _shape(cls: type[Shape], checkpoint: str) -> Shape:
+    """The shape of the encoder in a checkpoint; the usual one where it is not there yet."""
+    return from_dict(cls, read_summary(checkpoint)["model_config"], checkpoint) if Path(checkpoint).exists() else cls()

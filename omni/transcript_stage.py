@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from omni.config import PhaseConfig, RunConfig
+from omni.config import PhaseConfig, RunConfig, UserError
 from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Message, Part, collate_chats
 from omni.data.manifest import Row
 from omni.data.mixture import ChatSamples
@@ -29,6 +29,21 @@ def as_chats(rows: Sequence[Row]) -> list[Chat]:
         asked = Message("user", (Part("audio", str(row.path("wav"))),))
         found.append(Chat(row.where, [asked, Message("assistant", (Part("text", text),))], "asr", transcript=text))
     return found
+
+
+def refuse_without_transcripts(manifest: str, chats: Sequence[Chat], recordings: Sequence[Row]) -> None:
+    """Stop where recordings shall enter as words and nothing says which words are in any of them.
+
+    Raises:
+        UserError: when no chat with a recording has a transcript, and there is no table of recordings.
+    """
+    with_sound = [chat for chat in chats if chat.paths("audio")]
+    if with_sound and not recordings and not any(chat.transcript for chat in with_sound):
+        raise UserError(
+            f'{manifest}: found {len(with_sound)} chats with recordings and no "transcript" in any of them, expected '
+            "some that say what is said there, so that words can be heard; add them, name stage B's recordings as "
+            "data.recordings with a phase transcripts, or set hear_words to false"
+        )
 
 
 def transcript_stage(

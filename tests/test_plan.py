@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+import sft_omni
 import train_text
 from omni import planning
 from omni.cli import main
-from omni.config import PhaseConfig, UserError, load_config
+from omni.config import PhaseConfig, UserError, load_config, to_dict
+from omni.data_memory import data_memory
+from omni.features import FeatureStore
 from omni.plan_types import GIB, RESERVE, PhaseCost, PhasePlan, Plan, Point
 from omni.plan_view import plan_text
 from omni.planning import Wish, automatic_phases, plan_config, settle_batch_sizes
@@ -24,6 +27,7 @@ from omni.step_cost import LiveBytes, flop_counter
 from omni.training_utils import run_stage
 from tests.chaos.small_stages import write_config
 from tests.conftest import ROOT
+from tests.small_omni import make_world
 
 # ---- counting ----
 
@@ -254,3 +258,22 @@ def test_another_runtime_error_stays_what_it_is(babble: Path, tmp_path: Path, mo
 def test_shipped_sizes_can_be_planned_and_fit(stage: str, size: str) -> None:
     plan = plan_config(ROOT / "configs" / f"{stage}_{size}.json", Wish(seconds=0, device="cpu"))
     assert all(plan.fits(phase) for phase in plan.phases), plan_text(plan)
+
+
+def test_features_that_stage_e_keeps_are_foretold(tmp_path: Path) -> None:
+    config = load_config(sft_omni.OmniSFTConfig, make_world(tmp_path))
+    (tmp_path / "table.csv").write_text("wav,text\n0.wav,two\n1.wav,two\n")
+    values = to_dict(config)
+    model, _, _ = sft_omni.assemble(config)
+    features = FeatureStore(model)
+    pictures, sounds = ([str(tmp_path / f"{number}.{kind}") for number in range(9)] for kind in ("png", "wav"))
+    features.add(pictures, sounds)
+    kept = 2 * (sum(map(numel, map(features.image, pictures))) + sum(map(numel, map(features.audio, sounds))))
+    assert data_memory("omni", values) == pytest.approx(kept, rel=0.05)
+    values["data"]["recordings"] = str(tmp_path / "table.csv")
+    more = 2 * sum(numel(features.audio(path)) for path in sounds[:2])
+    assert data_memory("omni", values) == pytest.approx(kept + more, rel=0.05)
+
+
+def numel(x: torch.Tensor) -> int:
+    return x.numel()

@@ -262,6 +262,17 @@ def test_recordings_without_the_phase_and_held_out_ones_are_refused(config, tmp_
     assert "6.wav" in "".join(capfd.readouterr())
 
 
+def test_words_cannot_be_heard_where_no_transcript_says_them(config, tmp_path, capfd):
+    values = json.loads(config.read_text())
+    chats = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
+    mute = config.parent / "mute.jsonl"
+    mute.write_text("\n".join(json.dumps({k: v for k, v in chat.items() if k != "transcript"}) for chat in chats))
+    assert train(config, tmp_path / "run", "--data.train", str(mute)) == 1
+    assert "mute.jsonl: found 12 chats with recordings and no" in "".join(capfd.readouterr())
+    words = ("--data.train", str(mute), "--projectors.max_steps", "1", "--sft.max_steps", "1")
+    assert train(config, tmp_path / "states", *words, "--hear_words", "false") == 0
+
+
 # ---- the trace ----
 
 
