@@ -247,9 +247,9 @@ class ChatPhases:
         """The audio projector as a recognizer of the Thinker's tokens, on stage B's recordings and the chats'."""
         assert self.config.transcripts is not None
         chats = [*self.chats("recordings"), *self.chats("training")], self.chats("validation")
-        shared = self.model, self.tokenizer, self.encoder, self.features
         left_out = self._num_read["recordings"] - len(self._chats["recordings"])
-        return transcript_stage(*shared, chats, self.config.transcripts, self.config.run, left_out)
+        settings, run = self.config.transcripts, self.config.run
+        return transcript_stage(self.model, self.encoder, self.collate, chats, settings, run, left_out)
 
     def projectors(self) -> Stage:
         """The projectors alone."""

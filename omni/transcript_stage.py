@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from omni.config import PhaseConfig, RunConfig, UserError
-from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Message, Part, collate_chats
+from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Encoded, Message, Part
 from omni.data.manifest import Row
 from omni.data.mixture import ChatSamples
 from omni.data.stream import BatchStream, ordered_batches
-from omni.features import FeatureStore
 from omni.metrics import word_error_rate
 from omni.models.omni import OmniModel
 from omni.models.transcript import read_tokens, transcript_loss_sum
 from omni.runtime import log
-from omni.tokenizer import Tokenizer, spoken_text
+from omni.tokenizer import spoken_text
 from omni.training_types import Stage
 
 
@@ -48,9 +46,8 @@ def refuse_without_transcripts(manifest: str, chats: Sequence[Chat], recordings:
 
 def transcript_stage(
     model: OmniModel,
-    tokenizer: Tokenizer,
     encoder: ChatEncoder,
-    features: FeatureStore,
+    collate: Callable[[Sequence[Encoded]], ChatBatch],
     chats: tuple[Sequence[Chat], Sequence[Chat]],
     config: PhaseConfig,
     run: RunConfig,
@@ -58,22 +55,19 @@ def transcript_stage(
 ) -> Stage:
     """Describe the phase.
 
-    A step of it costs a hundredth of one through the Thinker, so that words that occur in few chats are heard often.
+    A recording costs about a fifth of what it does in a step through the Thinker (size micro, two cores), so that words
+    that occur in few chats are heard often.
 
     Args:
         model: of which the audio projector and the transcript head are trained.
-        tokenizer: the Thinker's.
         encoder: makes tokens of the transcripts.
-        features: the recordings, encoded.
+        collate: makes a batch, with what the recordings were encoded to.
         chats: to train on and to validate on; those that count have a transcript that fits.
         config: length, batch size and learning rate.
         run: the run's keys.
         left_out: chats that cannot be used.
     """
-    collate = functools.partial(
-        collate_chats, image_features=features.image, audio_features=features.audio, pad_id=tokenizer.pad_id
-    )
-    parts = []
+    tokenizer, parts = encoder.tokenizer, []
     for part in chats:
         found = [
             encoder.example([Message("user", (Part("audio", chat.paths("audio")[0]),))], chat.transcript, chat.where)
@@ -85,21 +79,22 @@ def transcript_stage(
             log.info("%d transcripts have more tokens than their recordings have positions", len(found) - len(heard))
         parts.append(ChatSamples(heard, ["all"] * len(heard), {}, collate))
 
+    def loss_sum(log_probs_NSV: torch.Tensor, batch: ChatBatch) -> torch.Tensor:
+        return transcript_loss_sum(log_probs_NSV, batch.positions_N, batch.transcripts_NS, batch.num_transcript_N)
+
     def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
-        log_probs_NSV = model.transcribe(batch.states_NTD)
-        targets = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
-        return {"transcripts": transcript_loss_sum(log_probs_NSV, *targets)}
+        return {"transcripts": loss_sum(model.transcribe(batch.states_NTD), batch)}
 
     def evaluate(model: OmniModel) -> dict[str, float]:
         total, targets, said, heard = 0.0, 0, list[str](), list[str]()
         for batch in ordered_batches(parts[1], 32, run.val_batches, parts[1].lengths):
             batch = batch.to(next(model.parameters()).device)
-            total += float(loss(model, batch)["transcripts"])
+            log_probs_NSV = model.transcribe(batch.states_NTD)
+            total += float(loss_sum(log_probs_NSV, batch))
             targets += batch.counts["transcripts"]
             rows = zip(batch.transcripts_NS.tolist(), batch.num_transcript_N.tolist(), strict=True)
             said += [spoken_text(tokenizer.decode(tokens[:size])) for tokens, size in rows]
-            found = read_tokens(model.transcribe(batch.states_NTD), batch.positions_N)
-            heard += [spoken_text(tokenizer.decode(tokens)) for tokens in found]
+            heard += [spoken_text(tokenizer.decode(tokens)) for tokens in read_tokens(log_probs_NSV, batch.positions_N)]
         return {"loss": total / targets, "wer": word_error_rate(said, heard).value}
 
     trains: list[torch.nn.Module] = [model.audio_projector, model.transcript_head]

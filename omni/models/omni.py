@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
+from omni.models.layers import padding_mask
 from omni.models.lora import LoRAConfig, add_adapters
 from omni.models.projector import (
     ProjectorConfig,
@@ -118,8 +119,7 @@ class OmniModel(nn.Module):
         if len(patches_NPD):
             x = replace_at(x, tokens_BT == self.image_id, self.project_images(patches_NPD).flatten(0, 1))
         if len(heard_NSD):
-            kept = torch.arange(heard_NSD.shape[1], device=x.device)[None, :] < positions_N[:, None]
-            x = replace_at(x, tokens_BT == self.audio_id, heard_NSD[kept])
+            x = replace_at(x, tokens_BT == self.audio_id, heard_NSD[padding_mask(positions_N, heard_NSD.shape[1])])
         return x
 
 

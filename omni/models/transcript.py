@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni.models.ctc import ctc_sum
+from omni.models.layers import padding_mask
 
 
 class TranscriptHead(nn.Module):
@@ -52,8 +53,8 @@ class TranscriptHead(nn.Module):
             speaks_NS = speaking(log_probs_NSV)
             heard_NSD = log_probs_NSV.exp() @ self.symbols(embeddings_VD)
             heard_NSD = torch.where(speaks_NS[..., None], heard_NSD, self.blank_D.float())
-            beyond_NS = torch.arange(heard_NSD.shape[1], device=heard_NSD.device) >= positions_N[:, None]
-            order_NS = torch.where(beyond_NS, 2, speaks_NS.long()).argsort(dim=1, stable=True)
+            within_NS = padding_mask(positions_N, heard_NSD.shape[1])
+            order_NS = torch.where(within_NS, speaks_NS.long(), 2).argsort(dim=1, stable=True)
             return heard_NSD.gather(1, order_NS[..., None].expand_as(heard_NSD))
 
 
@@ -77,7 +78,7 @@ def transcript_loss_sum(
 def read_tokens(log_probs_NSV: torch.Tensor, positions_N: torch.Tensor) -> list[list[int]]:
     """The most probable transcript of each recording, position by position: its tokens."""
     symbols_NS, speaks_NS = log_probs_NSV.argmax(-1), speaking(log_probs_NSV)
-    within_NS = torch.arange(symbols_NS.shape[1], device=symbols_NS.device) < positions_N[:, None]
+    within_NS = padding_mask(positions_N, symbols_NS.shape[1])
     return [(row[keep] - 1).tolist() for row, keep in zip(symbols_NS, speaks_NS & within_NS, strict=True)]
 
 
