@@ -35,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="data, stages A to E, evaluation and report; continues where it stopped")
     run.add_argument("--size", required=True, help="nano, micro, ...: the configurations configs/<stage>_<size>.json")
     run.add_argument("--dry-run", action="store_true", help="show the steps and do none")
+    run.add_argument(
+        "--jobs", type=int, default=0, metavar="N",
+        help="stages trained side by side (default: two, or one where there is a GPU)",
+    )  # fmt: skip
     run.set_defaults(function=_run)
 
     evaluate = commands.add_parser("eval", help="held-out figures of every stage, with n and a 95 %% interval")
@@ -180,7 +184,7 @@ def _add_sampling(command: argparse.ArgumentParser, what: str) -> None:
 def _run(words: argparse.Namespace) -> int:
     from omni.run import run
 
-    return run(words.size, words.dry_run)
+    return run(words.size, words.dry_run, words.jobs)
 
 
 def _evaluate(words: argparse.Namespace) -> int:

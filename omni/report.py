@@ -140,18 +140,20 @@ class Told:
         sets: the test sets behind them.
         samples: what each stage does, by the kind of its checkpoint.
         seconds: how long each step took.
+        wall_seconds: how long all of them took, some of them side by side.
     """
 
     figures: Figures
     sets: Sets
     samples: Mapping[str, Sequence[Sample]]
     seconds: Mapping[str, float]
+    wall_seconds: float
 
 
 def write_report(path: Path, size: str, told: Told) -> None:
     """Write the HTML file of a run of the configurations of a size."""
     records = stage_records(size)
-    whole = f"{sum(told.seconds.values()) / 60:.0f} minutes in all" if told.seconds else ""
+    whole = f"{told.wall_seconds / 60:.0f} minutes in all" if told.seconds else ""
     head = [f"<h1>μOmni, size {html.escape(size)}</h1>", f"<p>{time.strftime('%Y-%m-%d %H:%M')}, {whole}</p>", _NAV]
     parts = [
         *_section("figures", "In short: held-out figures beside what they are held against"),

@@ -1,16 +1,16 @@
 """`omni run`: data, stages A to E, evaluation, samples and report, each once, from wherever the last run stopped.
 
-Data, stages and evaluation are processes of their own. This one needs no torch, so what is complete is passed over at
-once: a stage by the summary inside its final checkpoint, evaluation and report by the checksums they were made from.
+Data, stages and evaluation are processes of their own; stages that do not need each other run side by side. This one
+needs no torch, so what is complete is passed over at once: a stage by the summary inside its final checkpoint,
+evaluation and report by the checksums they were made from.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from typing import Any
 from omni.atomic import write_whole
 from omni.config import UserError
 from omni.predictions import predictions_beside, read_predictions
+from omni.processes import Children, usable_cores
 from omni.report import Figures, Told, results_table, write_report
 from omni.sample import Sample, samples_text
 from omni.stages import STAGES, StageInfo, read_raw_config, stage_of, stages_of
@@ -54,8 +55,22 @@ class RunFolder:
 
     def record(self, step: str, made_from: dict[str, str], seconds: float) -> None:
         """Note that a step is done."""
-        self.steps[step] = {"made_from": made_from, "seconds": round(seconds, 1)}
+        ended = round(time.time(), 1)
+        self.steps[step] = {"made_from": made_from, "seconds": round(seconds, 1), "ended": ended}
         write_whole(self.path / "state.json", (json.dumps(self.steps, indent=1) + "\n").encode())
+
+    def wall_seconds(self) -> float:
+        """How long all steps took; where two were done at a time, that time counts once."""
+        dated = [step for step in self.steps.values() if "ended" in step]  # not noted by runs of old
+        spans = sorted((step["ended"] - step["seconds"], step["ended"]) for step in dated)
+        total, until = (
+            sum(step["seconds"] for step in self.steps.values()) - sum(step["seconds"] for step in dated),
+            0.0,
+        )
+        for began, ended in spans:
+            total += max(0.0, ended - max(began, until))
+            until = max(until, ended)
+        return total
 
     def read(self, file: str) -> Any:
         """A JSON file of the folder."""
@@ -69,50 +84,133 @@ class Step:
     Attributes:
         name: in ``state.json``.
         title: for people.
-        complete: whether nothing is left to do.
+        complete: whether nothing is left to do; asked when all that it needs is done.
         made_from: checksums of what it works on.
+        needs: names of the steps that come before it.
         command: the process that does it, or None where ``work`` does it here.
         work: the same as a function.
+        letter: of a stage.
+        divisible: whether it may be given a part of the cores.
     """
 
     name: str
     title: str
     complete: Callable[[], bool]
     made_from: Callable[[], dict[str, str]] = dict
+    needs: tuple[str, ...] = ()
     command: list[str] | None = None
     work: Callable[[], None] | None = None
+    letter: str = ""
+    divisible: bool = False
 
 
-def run(size: str, dry_run: bool = False) -> int:
+def run(size: str, dry_run: bool = False, jobs: int = 0) -> int:
     """Do what is left to do and show what came of it; returns the exit code.
 
+    Args:
+        size: whose configurations.
+        dry_run: show the steps and do none.
+        jobs: stages that may be trained side by side; 0: two, or one where there is a GPU or a single core. Small
+            models use two cores with one thread each better than one model uses both.
+
     Raises:
-        UserError: when there are no configurations of this size here.
+        UserError: when there are no configurations of this size here, or for a negative number of jobs.
     """
+    if jobs < 0:
+        raise UserError(f"--jobs: found {jobs}, expected how many stages may be trained side by side")
     folder = RunFolder.open(size)
     steps = plan(size, folder)
     began = time.perf_counter()
-    for number, step in enumerate(steps, 1):
-        head = f"[{number}/{len(steps)}] {step.title}"
-        if step.complete():
-            print(f"{head}: complete, skipped", flush=True)
-            continue
-        shown = shlex.join(["python", *step.command[1:]]) if step.command else "in this process"
-        print(f"{head}: {shown}", flush=True)
-        if dry_run:
-            continue
-        started = time.perf_counter()
-        code = _do(step)
-        seconds = time.perf_counter() - started
-        if code:
-            print(f"{head}: stopped with exit code {code} after {_clock(seconds)}; the same command continues")
-            return code
-        folder.record(step.name, step.made_from(), seconds)
-        print(f"{head}: done in {_clock(seconds)}", flush=True)
-    if not dry_run:
-        print(f"everything is done; this command took {_clock(time.perf_counter() - began)}\n")
-        _show(folder)
+    if dry_run:
+        for number, step in enumerate(steps, 1):
+            left = "complete, skipped" if step.complete() else shown(step.command)
+            print(f"[{number}/{len(steps)}] {step.title}: {left}")
+        return 0
+    with Children() as children:
+        code = Work(steps, folder, children, jobs or usual_jobs()).to_the_end()
+    if code:
+        return code
+    print(f"everything is done; this command took {_clock(time.perf_counter() - began)}\n")
+    _show(folder)
     return 0
+
+
+def usual_jobs() -> int:
+    """How many stages are trained side by side; a GPU has room for one."""
+    return 1 if shutil.which("nvidia-smi") else min(2, usable_cores())
+
+
+def shown(command: Sequence[str] | None) -> str:
+    """A command as a person would type it."""
+    return shlex.join(["python", *command[1:]]) if command else "in this process"
+
+
+class Work:
+    """The steps of a run, each begun as soon as what it needs is done and there is room beside the others."""
+
+    def __init__(self, steps: Sequence[Step], folder: RunFolder, children: Children, jobs: int) -> None:
+        self.steps = {step.name: step for step in steps}
+        self.heads = {step.name: f"[{number}/{len(steps)}] {step.title}" for number, step in enumerate(steps, 1)}
+        self.folder, self.children, self.jobs = folder, children, jobs
+        self.done: set[str] = set()
+        self.incomplete: set[str] = set()  # those that were asked
+        self.began: dict[str, float] = {}
+        self.code = 0
+
+    def to_the_end(self) -> int:
+        """Do everything, or stop all of it where one step fails or a signal comes; returns the exit code."""
+        while len(self.done) < len(self.steps) and not self.code:
+            self._begin()
+            if len(self.children):
+                self._end(*self.children.wait())
+        while len(self.children):
+            self._end(*self.children.wait())
+        return self.code
+
+    def _begin(self) -> None:
+        """Begin what can begin now, and pass over what is complete."""
+        while ready := self._ready():
+            alone = len(ready) == 1 and not len(self.children)
+            if len(self.children) == self.jobs or self.code:
+                return
+            step, self.began[ready[0].name] = ready[0], time.perf_counter()
+            command = list(step.command or ())
+            if step.divisible and not alone and self.jobs > 1:
+                command += ["--num_threads", str(max(1, usable_cores() // self.jobs))]
+            print(f"{self.heads[step.name]}: {shown(command)}", flush=True)
+            if step.work is not None:
+                step.work()
+                self._end(step.name, 0)
+            else:
+                self.children.start(step.name, command, "" if alone or self.jobs == 1 else f"{step.letter} | ")
+
+    def _ready(self) -> list[Step]:
+        """The steps that are not complete and could begin."""
+        found: list[Step] = []
+        for step in self.steps.values():
+            if step.name in self.done or step.name in self.began or not self.done.issuperset(step.needs):
+                continue
+            if step.name not in self.incomplete and step.complete():
+                print(f"{self.heads[step.name]}: complete, skipped", flush=True)
+                self.done.add(step.name)
+            else:
+                self.incomplete.add(step.name)
+                found.append(step)
+        return found
+
+    def _end(self, name: str, code: int) -> None:
+        """Note the end of a step; the first that fails stops the others, which save what they have."""
+        seconds, told = time.perf_counter() - self.began[name], self.children.told
+        if code:
+            head = f"{self.heads[name]}: stopped with exit code {code} after {_clock(seconds)}"
+            print(f"{head}; the same command continues", flush=True)
+            if not self.code and not told:
+                self.children.tell(signal.SIGINT)
+        else:
+            self.done.add(name)
+            self.folder.record(name, self.steps[name].made_from(), seconds)
+            print(f"{self.heads[name]}: done in {_clock(seconds)}", flush=True)
+        self.code = self.code or code or (128 + told[0] if told else 0)
 
 
 def plan(size: str, folder: RunFolder) -> list[Step]:
@@ -128,22 +226,28 @@ def plan(size: str, folder: RunFolder) -> list[Step]:
         command = [sys.executable, str(_script(stage)), "--config", str(stage.config_path(size))]
         title = f"stage {stage.letter}, {stage.title}"
         complete = _stage_check(stage, size, values)
-        steps.append(Step(stage.prefix, title, complete, _hash_of(stage, size), command))
+        needs = ("data", *(stage_of(kind).prefix for kind in stage.needs))
+        divisible = not values.get("run", {}).get("num_threads")
+        made_from = _hash_of(stage, size)
+        steps.append(
+            Step(stage.prefix, title, complete, made_from, needs, command, letter=stage.letter, divisible=divisible)
+        )
+    trained = tuple(step.name for step in steps)
     steps.append(
         Step("evaluation", "evaluation on held-out data",
              lambda: folder.done_with("evaluation", _hashes(size), "eval.predictions.jsonl"), lambda: _hashes(size),
-             _omni("eval", "--size", size, "--json", str(folder.path / "eval.json"),
+             trained, _omni("eval", "--size", size, "--json", str(folder.path / "eval.json"),
                    "--predictions", str(predictions_beside(folder.path / "eval.json")), "--quiet"))
     )  # fmt: skip
     steps.append(
         Step("samples", "samples of what each stage does",
              lambda: folder.done_with("samples", _hashes(size), "samples.json"), lambda: _hashes(size),
-             work=lambda: _make_samples(size, folder))
+             ("evaluation",), work=lambda: _make_samples(size, folder))
     )  # fmt: skip
     steps.append(
         Step("report", f"report: {folder.path / 'report.html'}",
              lambda: folder.done_with("report", _hashes(size), "report.html"), lambda: _hashes(size),
-             work=lambda: _make_report(size, folder))
+             ("samples",), work=lambda: _make_report(size, folder))
     )  # fmt: skip
     return steps
 
@@ -214,51 +318,6 @@ def _script(stage: StageInfo) -> Path:
     return here if here.exists() else _ROOT / stage.script
 
 
-def _do(step: Step) -> int:
-    if step.command is not None:
-        return run_process(step.command)
-    assert step.work is not None
-    step.work()
-    return 0
-
-
-def run_process(command: Sequence[str]) -> int:
-    """Run a process to its end and return its exit code, 128 + n when signal n ended it.
-
-    It has a process group of its own: Ctrl-C in a terminal reaches a whole group, and a stage that is told twice leaves
-    without saving. Here it is told once for every time that this process is told.
-    """
-    previous: dict[int, Any] = {}
-    child: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        if child is None:
-            early.append(number)
-        else:
-            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        previous[name] = signal.signal(name, pass_on)
-    try:
-        child = subprocess.Popen(list(command), start_new_session=True, preexec_fn=_ends_with_parent())
-        for number in early:
-            child.send_signal(number)
-        code = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
-
-
-def _ends_with_parent() -> Callable[[], None] | None:
-    """On Linux: the child gets SIGTERM when this process is killed, so that no stage trains on unseen."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return lambda: library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _make_samples(size: str, folder: RunFolder) -> None:
     from omni.evaluate.samples import samples_of_size
 
@@ -272,7 +331,8 @@ def _make_samples(size: str, folder: RunFolder) -> None:
 def _make_report(size: str, folder: RunFolder) -> None:
     seconds = {name: step["seconds"] for name, step in folder.steps.items()}
     sets = read_predictions(predictions_beside(folder.path / "eval.json")).sets
-    write_report(folder.path / "report.html", size, Told(_figures(folder), sets, _samples(folder), seconds))
+    told = Told(_figures(folder), sets, _samples(folder), seconds, folder.wall_seconds())
+    write_report(folder.path / "report.html", size, told)
 
 
 def _figures(folder: RunFolder) -> Figures:

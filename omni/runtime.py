@@ -17,6 +17,7 @@ import torch
 from omni import ranks
 from omni.config import RunConfig, UserError
 from omni.console import log as log
+from omni.processes import usable_cores
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,6 @@ def _cpu_multiplies_bf16() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_memory(device: torch.device) -> int:

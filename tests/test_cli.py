@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from omni.cli import main
 from omni.config import UserError
 from omni.evaluate import suite
 from omni.report import results_table
-from omni.run import run_process, stage_is_complete
+from omni.run import stage_is_complete
 from omni.stages import STAGES, StageInfo, read_raw_config
 from omni.summary import read_summary
 from tests.conftest import ROOT, RunStage, command
@@ -244,52 +243,6 @@ def test_what_a_stage_did_without_makes_it_no_less_complete(monkeypatch: pytest.
         monkeypatch.setitem(lineage, kind, "before")
         assert not stage_is_complete(stage, "x", {"name": "talker_x"})
         monkeypatch.setitem(lineage, kind, "now")
-
-
-# ---- processes ----
-
-
-def test_exit_codes_are_passed_on() -> None:
-    assert run_process([sys.executable, "-c", "import sys; sys.exit(7)"]) == 7
-    assert run_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 128 + 9
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_child_is_told_once(sent: int, tmp_path: Path) -> None:
-    """However the signal comes - to this process, or by Ctrl-C to its whole group - the child gets one."""
-    child = f"""
-import signal, sys, time
-got = []
-signal.signal({int(sent)}, lambda *_: got.append(1))
-open({str(tmp_path / "ready")!r}, "w").close()
-while not got: time.sleep(0.01)
-time.sleep(0.5)
-sys.exit(100 + len(got))
-"""
-    code = f"import sys; from omni.run import run_process; sys.exit(run_process([sys.executable, '-c', {child!r}]))"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
-    while not (tmp_path / "ready").exists():
-        assert parent.poll() is None
-        time.sleep(0.01)
-    os.killpg(parent.pid, sent)
-    assert parent.wait(120) == 101
-
-
-def test_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("only Linux tells a child of its parent's death")
-    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(200)"
-    code = f"import sys; from omni.run import run_process; sys.exit(run_process([sys.executable, '-c', {child!r}]))"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
-        time.sleep(0.01)
-    parent.kill()
-    parent.wait()
-    stat = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
-    deadline = time.monotonic() + 60
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_checkpoint_without_a_configuration_of_its_own_is_found(

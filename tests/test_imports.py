@@ -15,7 +15,8 @@ SCRIPTS = ("train_text.py", "train_audio_enc.py", "train_vision.py", "train_talk
 
 # A module imports only from a layer below its own. docs/architecture.md shows the same table.
 LAYERS = {
-    0: ("config", "parallel", "atomic", "files", "sample", "sound_files", "data.entries", "models.kv_cache"),
+    0: ("config", "parallel", "processes", "atomic", "files", "sample", "sound_files", "data.entries",
+        "models.kv_cache"),
     1: ("command_line", "console", "curves", "page", "predictions", "stages", "summary", "lineage", "anomaly", "optim",
         "guards", "ranks", "training_types", "plan_types", "step_cost",
         "tokenizer", "speech_text", "sampling", "sound_device", "audio",

@@ -185,7 +185,7 @@ def report(place: Path, samples: dict[str, list[Sample]]) -> Path:
     sets = {"data/<b>.csv": {"media": 4, "media_bytes": 99, "sha256": "ab" * 8}}
     first, *rest = samples["thinker"]
     odd = Sample("<script>alert(1)</script>", (("<i>", "</pre><img src=http://127.0.0.1:9/x>"),), right=True)
-    told = Told(figures, sets, {**samples, "thinker": [odd, first, *rest]}, {"thinker": 75.0, "evaluation": 20.0})
+    told = Told(figures, sets, {**samples, "thinker": [odd, first, *rest]}, {"thinker": 75.0, "evaluation": 20.0}, 95.0)
     write_report(place / "report.html", "toy", told)
     return place / "report.html"
 
