@@ -50,7 +50,7 @@ class TextData(SplitDataConfig):
     """Where the text is."""
 
     test: str | None = None  # for `omni eval`; by default the validation text
-    primer: str | None = None  # a text beside `train`, to begin with; where there is none, phase `primer` is left out
+    primer: str | None = None  # a text beside `train`, read in its order; where there is none, `primer` is left out
     vocab_size: int = 1024  # of the tokenizer that is learned; fewer on a small corpus
     separate_documents: bool = False  # blank lines separate documents, which shall not see each other
 
@@ -62,7 +62,7 @@ class TextConfig(StageConfig):
     data: TextData
     model: ThinkerConfig
     train: PhaseConfig
-    primer: PhaseConfig | None = None  # phase 1, with data.primer: heads that look things up form on such text alone
+    primer: PhaseConfig | None = None  # phase 1, with data.primer: what has to be learned first
     answer_weight: float = 0.0  # of the assistant's tokens alone, beside the loss of all tokens; for text with chats
     thinker_ckpt: str | None = None  # whose tokenizer is taken instead of learning one: this one shall be its draft
 
@@ -114,7 +114,11 @@ def build(config: TextConfig, precision: Precision) -> Run:
                 likelihood.add(batch.to(precision.device))
             return likelihood.figures()
 
-        stream = BatchStream(windows(part), settings.batch_size, config.run.seed, num_workers=config.run.num_workers)
+        in_order = part == "primer"
+        stream = BatchStream(
+            windows(part, in_order), settings.batch_size, config.run.seed,
+            num_workers=config.run.num_workers, in_order=in_order,
+        )  # fmt: skip
         weights = {"tokens": 1.0, "answers": config.answer_weight}
         return Stage([thinker], stream, loss, evaluate, settings, weights, unit="tokens")
 

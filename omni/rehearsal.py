@@ -36,6 +36,7 @@ from omni.config import PhaseConfig, StageConfig, from_dict, to_dict
 from omni.console import user_errors
 from omni.data_memory import data_memory
 from omni.models.layers import kernels_of
+from omni.parallel import die_with_parent
 from omni.plan_types import PhaseCost, Point, Request
 from omni.runtime import Precision, seed_everything, setup_compute
 from omni.stages import StageInfo, stage_of_script
@@ -319,6 +320,7 @@ def _name(device: torch.device) -> str:
 
 def main(path: Path) -> None:
     """Read a request and write what was found beside it, as ``<name>.found.json``."""
+    die_with_parent()  # who asked is not there to hear the answer
     request = Request.from_dict(json.loads(path.read_text(encoding="utf-8")))
     config = from_dict(config_class(load_script(request.script)), request.values, request.where)
     caches = data_memory(_stage(request).kind, to_dict(config))

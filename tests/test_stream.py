@@ -42,6 +42,13 @@ def take(stream: BatchStream, count: int) -> list[list[float]]:
     return [next(stream).x.tolist() for _ in range(count)]  # type: ignore[attr-defined]
 
 
+def test_lessons_come_in_their_order_once() -> None:
+    stream = BatchStream(Samples(23), 4, 5, in_order=True)
+    first = [[int(number) for number in batch] for batch in take(stream, 5)]
+    assert first == [list(range(start, start + 4)) for start in range(0, 20, 4)]
+    assert stream.epoch == 1 and stream.order(1) == BatchStream(Samples(23), 4, 5).order(1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("lengths", [None, [(7 * i) % 23 for i in range(23)]])
 def test_resume_continues_where_it_stopped(lengths: list[int] | None, workers: int) -> None:

@@ -100,6 +100,7 @@ class BatchStream:
     With ``lengths``, batches are drawn from buckets of similar length, so that little of a batch is padding; with
     ``short_first`` as well, the first epoch goes from short to long (SortaGrad, Amodei et al., 2016), which helps CTC
     to find its first alignments. With ``quotas`` an epoch is not every sample once, but what they say.
+    ``in_order``: the first epoch takes the samples as they stand, for such as build on one another.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class BatchStream:
         rules: DataConfig = _ALL_GOOD,
         left_out: int = 0,
         quotas: Sequence[Quota] = (),
+        in_order: bool = False,
     ) -> None:
         self.quotas = tuple(quotas)
         self.epoch_size = sum(quota.count for quota in quotas) if quotas else len(samples)
@@ -128,7 +130,7 @@ class BatchStream:
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.num_workers = num_workers
-        self.short_first = short_first
+        self.short_first, self.in_order = short_first, in_order
         self.rules, self.left_out = rules, left_out
         self.epoch = 0
         self.used = 0  # batches of this epoch
@@ -210,6 +212,9 @@ class BatchStream:
     def order(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch as lists of indices."""
         rng = np.random.default_rng((self.seed, epoch))
+        number = self.batches_per_epoch * self.batch_size
+        if self.in_order and epoch == 0:
+            return [batch.tolist() for batch in np.arange(number).reshape(-1, self.batch_size)]
         if self.quotas:
             drawn = np.concatenate([quota.draw(rng) for quota in self.quotas])
             indices = drawn[rng.permutation(len(drawn))]
@@ -224,7 +229,7 @@ class BatchStream:
                     for part in np.split(indices, range(window, len(indices), window))
                 ]
             )
-        whole = indices[: self.batches_per_epoch * self.batch_size].reshape(-1, self.batch_size)
+        whole = indices[:number].reshape(-1, self.batch_size)
         shuffled = [batch.tolist() for batch in whole[rng.permutation(len(whole))]]
         if self.short_first and epoch == 0 and self.lengths is not None:
             lengths = self.lengths
