@@ -26,6 +26,7 @@ from omni.config import PhaseConfig, Problem, SplitDataConfig, StageConfig, to_d
 from omni.data.leaks import part_of_text, refuse_leaks
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.text import (
+    Order,
     PackedDocuments,
     PackedText,
     TextBatch,
@@ -101,12 +102,12 @@ def build(config: TextConfig, precision: Precision) -> Run:
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     thinker = Thinker(model_config)
 
-    def windows(part: str, in_order: bool = False) -> PackedText | PackedDocuments:
+    def windows(part: str, order: Order) -> PackedText | PackedDocuments:
         tokens = tokenize(texts[part], tokenizer, config.save_dir / "cache")
-        return packed(tokens, model_config.ctx_len, tokenizer, data.separate_documents, in_order)
+        return packed(tokens, model_config.ctx_len, tokenizer, data.separate_documents, order)
 
     def stage(part: str, settings: PhaseConfig) -> Stage:
-        val_windows = windows("val", in_order=True)
+        val_windows = windows("val", "text")
 
         def evaluate(model: Thinker) -> dict[str, float]:
             likelihood = TextLikelihood(model, tokenizer)
@@ -114,10 +115,10 @@ def build(config: TextConfig, precision: Precision) -> Run:
                 likelihood.add(batch.to(precision.device))
             return likelihood.figures()
 
-        in_order = part == "primer"
+        lessons = part == "primer"
         stream = BatchStream(
-            windows(part, in_order), settings.batch_size, config.run.seed,
-            num_workers=config.run.num_workers, in_order=in_order,
+            windows(part, "lessons" if lessons else "best"), settings.batch_size, config.run.seed,
+            num_workers=config.run.num_workers, in_order=lessons,
         )  # fmt: skip
         weights = {"tokens": 1.0, "answers": config.answer_weight}
         return Stage([thinker], stream, loss, evaluate, settings, weights, unit="tokens")

@@ -147,7 +147,7 @@ def test_accumulation_of_the_thinker(babble: Path) -> None:
     )
     tokenizer = Tokenizer.train(text.splitlines(), 300)
     tokens = np.array(tokenizer.encode(text))
-    windows = packed(tokens, 24, tokenizer, separate_documents=True, in_order=True)
+    windows = packed(tokens, 24, tokenizer, separate_documents=True, order="text")
     gradients, counts = [], []
     for rows in ([range(32)], [range(i, i + 8) for i in range(0, 32, 8)]):
         torch.manual_seed(0)

@@ -15,6 +15,7 @@ from omni.config import DataConfig, UserError
 from omni.data.text import (
     PackedDocuments,
     TextBatch,
+    arranged,
     fit,
     fit_in_order,
     learn_tokenizer,
@@ -36,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 def batch(text: str, tokenizer: Tokenizer, separate: bool) -> TextBatch:
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
-    windows = packed(tokens, len(tokens) - 2, tokenizer, separate, in_order=True)
+    windows = packed(tokens, len(tokens) - 2, tokenizer, separate, order="text")
     return windows.collate([windows.sample(0, None)])
 
 
@@ -104,6 +105,18 @@ def test_fit_fills_groups() -> None:
     assert all(sum(sizes[index] for index in group) <= 10 for group in groups)
     assert len(groups) == 5  # their sum is 50
     assert fit_in_order(sizes, 10) == [[0, 1], [2, 3], [4, 5], [6], [7, 8, 9]]
+
+
+def test_windows_of_lessons_follow_one_another_and_are_nearly_as_full() -> None:
+    sizes = np.random.default_rng(0).integers(60, 200, 3000).tolist()
+    best, lessons, text = (arranged(sizes, 256, order) for order in ("best", "lessons", "text"))
+    for groups in (best, lessons, text):
+        assert sorted(index for group in groups for index in group) == list(range(3000))
+        assert all(sum(sizes[index] for index in group) <= 256 for group in groups)
+    assert len(best) <= len(lessons) < 1.05 * len(best) and len(text) > 1.1 * len(best)
+    runs = [index // 256 for group in lessons for index in group]
+    assert runs == sorted(runs)
+    assert [index for group in text for index in group] == list(range(3000))
 
 
 # ---- long lines, and what is spoken of a text ----

@@ -198,7 +198,7 @@ def _likelihood(thinker: Thinker, tokenizer: Tokenizer, case: _Case) -> tuple[Te
     tokens = np.array([token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line)])
     likelihood = TextLikelihood(thinker, tokenizer)
     separate = case.data("thinker")["separate_documents"]
-    windows = packed(tokens, thinker.config.ctx_len, tokenizer, separate, in_order=True)
+    windows = packed(tokens, thinker.config.ctx_len, tokenizer, separate, order="text")
     for batch in ordered_batches(windows, 16):
         likelihood.add(batch)
     if separate:  # all but the first token of each window
