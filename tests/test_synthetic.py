@@ -6,7 +6,6 @@ import csv
 import importlib.util
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -27,7 +26,6 @@ from PIL import Image
 from omni.data import espeak
 from omni.data.holdouts import check
 from omni.data.lexicon import grammar_words, lexicon
-from omni.data.primer import LESSONS, MIXTURE, lesson_at, primer_document
 from omni.data.recordings import Recorder
 from omni.data.synthetic import synthesize
 from omni.data.world import World
@@ -384,23 +382,6 @@ def test_arithmetic_is_right_and_tests_hold_out_their_operands(plan: Plan) -> No
             asked = line.get("transcript") or line["messages"][0]["content"]
             a, b = (COUNTED.index(number) for number in re.findall(rf"\b({NUMBER})\b", words(asked)))
             assert plan.world.operands_held_out(a, b) and line["held_out"] == "operands"
-
-
-def test_lessons_follow_one_another_and_ask_what_they_say(plan: Plan) -> None:
-    assert [list(lesson_at(LESSONS, at)) for at in (0.0, 0.15, 0.16, 0.999)] == [
-        ["attributes"], ["attributes"], ["people", "attributes"], list(LESSONS[-1][1]),
-    ]  # fmt: skip
-    assert lesson_at(MIXTURE, 0.5) == MIXTURE[0][1]
-    rng = random.Random(0)
-    for kind, asked, never in (
-        ("attributes", "is there", " left of "),
-        ("relations", " left of ", "what color"),
-        ("places", "where is", "color"),
-    ):
-        found = [primer_document(plan.world, rng, {kind: 1}) for _ in range(60)]
-        questions = " ".join(part for text in found for part in text.split("<|user|>")[2:])
-        assert asked in questions and never not in questions
-        assert not any("how many" in text for text in found)
 
 
 def test_scenes_hold_distinct_things_in_distinct_cells(plan: Plan) -> None:

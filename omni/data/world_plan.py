@@ -11,12 +11,12 @@ from typing import Any
 
 from omni.data.chats import Chats, Picture, unit
 from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
-from omni.data.primer import MIXTURE, Lessons, lesson_at, primer_document
 from omni.data.recordings import Recorder, Recording, turns_of
 from omni.data.stories import (
     document,
     free_sentence,
     grammar_sentence,
+    primer_document,
     unheard_sentence,
     units,
 )
@@ -53,7 +53,6 @@ class Size:
     judge: int = 0  # recordings of a recognizer that only grades speech output
     free_words: int = 0  # words of free speech; 0: the whole lexicon
     voices: int = 48
-    lessons: Lessons = MIXTURE  # of the primer
 
 
 _TEST = Size(
@@ -317,10 +316,8 @@ def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:
     documents: list[str] = []
     total = 0
     while total < num_bytes:
-        if split == "primer":
-            text = primer_document(plan.world, rng, lesson_at(plan.size.lessons, total / num_bytes))
-        else:
-            text = document(plan.world, rng, split)
+        primer = split == "primer"
+        text = primer_document(plan.world, rng) if primer else document(plan.world, rng, split)
         if text in others or (split in ("train", "primer") and units(text) & plan.avoid):
             continue
         documents.append(text)
