@@ -91,6 +91,8 @@ def speak(
     Raises:
         UserError: when a text holds nothing that can be spoken.
     """
+    if not texts:  # of a model whose answers are all empty, as they are at first
+        return []
     pieces = [chunks(text) for text in texts]
     states: list[torch.Tensor | None] = []
     if mind is not None and model.config.talker.state_dim:

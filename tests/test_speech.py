@@ -134,6 +134,7 @@ def test_states_of_a_growing_text_are_those_of_the_whole(mind: Mind) -> None:
 
 @torch.no_grad()
 def test_speak_joins_chunks_and_knows_its_voices(model: SpeechModel) -> None:
+    assert speak(model, [], torch.randn(0, 8)) == []  # no answer of a model that has just begun says anything
     spoken = speak(model, ["hello there.", "go on and on. " * 12], torch.randn(2, 8))
     assert len(spoken) == 2
     for item in spoken:
