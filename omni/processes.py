@@ -97,9 +97,12 @@ def run_process(command: Sequence[str]) -> int:
 
 
 def _copy_lines(source: IO[str], target: IO[str], prefix: str) -> None:
-    for line in source:
-        target.write(f"{prefix}{line}" if line.strip() else line)
-        target.flush()
+    try:
+        for line in source:
+            target.write(f"{prefix}{line}" if line.strip() else line)
+            target.flush()
+    except BrokenPipeError:  # nobody reads any more: who writes shall learn of it, not wait for a reader
+        source.close()
 
 
 def _ends_with_parent() -> Callable[[], None] | None:

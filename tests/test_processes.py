@@ -63,6 +63,17 @@ def test_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_who_writes_to_nobody_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Children() as children, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        children.start("it", [sys.executable, "-c", "while True: print('more')"], "A | ")
+        assert children.wait()[1] != 0
+
+
 # ---- the steps of a run ----
 
 
