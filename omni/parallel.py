@@ -1,4 +1,4 @@
-"""Many small pieces of work at once, such as reading recordings; processes that do not outlive their parent.
+"""Many small pieces of work at once, such as reading recordings.
 
 torch computes every operation with a team of threads, which on a few seconds of sound costs more than it gives. Here a
 piece of work has one thread to itself, and the cores share the pieces.
@@ -6,11 +6,8 @@ piece of work has one thread to itself, and the cores share the pieces.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import os
-import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -39,9 +36,3 @@ def _use_one_thread() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-def die_with_parent() -> None:
-    """Have Linux end this process when its parent dies, however that dies; without effect on other systems."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import IO, Any
 
@@ -28,6 +29,7 @@ class Children:
         self._ended: queue.Queue[str] = queue.Queue()
         self._before: dict[int, Any] = {}
         self._starting = False
+        self._late: list[int] = []  # signals that came while a process was being started
         self.told: list[int] = []  # the signals of this process so far
 
     def __enter__(self) -> Children:
@@ -44,15 +46,20 @@ class Children:
 
     def start(self, name: str, command: Sequence[str], prefix: str = "") -> None:
         """Start a process; with a prefix, its lines are told from others', and it has no terminal to draw on."""
-        pipe, self._starting = subprocess.PIPE if prefix else None, True
+        pipe = subprocess.PIPE if prefix else None
+        self._starting = True  # signals wait until it is listed, so that each of them reaches it once
         child = subprocess.Popen(
-            list(command), stdout=pipe, stderr=pipe, start_new_session=True, preexec_fn=_ends_with_parent(),
+            list(command), stdout=pipe, stderr=pipe, start_new_session=True,
+            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),  # else a stage would train on unseen
             text=True, encoding="utf-8", errors="replace",
         )  # fmt: skip
-        self._running[name], self._starting = child, False
-        threading.Thread(target=self._attend, args=(name, child, prefix), daemon=True).start()
         for number in self.told:
             child.send_signal(number)
+        self._running[name] = child
+        self._starting = False
+        while self._late:
+            self._pass_on(self._late.pop(0), None)
+        threading.Thread(target=self._attend, args=(name, child, prefix), daemon=True).start()
 
     def wait(self) -> tuple[str, int]:
         """The name of a process that has ended, and its exit code: 128 + n when signal n ended it."""
@@ -66,7 +73,10 @@ class Children:
             child.send_signal(number)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        if not self._running and not self._starting:
+        if self._starting:
+            self._late.append(number)
+            return
+        if not self._running:
             raise KeyboardInterrupt
         number = signal.SIGTERM if number == signal.SIGHUP else number
         self.told.append(number)
@@ -105,9 +115,11 @@ def _copy_lines(source: IO[str], target: IO[str], prefix: str) -> None:
         source.close()
 
 
-def _ends_with_parent() -> Callable[[], None] | None:
-    """On Linux: the child gets SIGTERM when this process is killed, so that no stage trains on unseen."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return lambda: library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+# loaded here: between the fork and the program of a child, where other threads may hold any lock, nothing may be loaded
+_library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent dies, however that dies; without effect elsewhere."""
+    if _library is not None:
+        _library.prctl(1, number)  # PR_SET_PDEATHSIG

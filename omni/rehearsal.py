@@ -36,8 +36,8 @@ from omni.config import PhaseConfig, StageConfig, from_dict, to_dict
 from omni.console import user_errors
 from omni.data_memory import data_memory
 from omni.models.layers import kernels_of
-from omni.parallel import die_with_parent
 from omni.plan_types import PhaseCost, Point, Request
+from omni.processes import die_with_parent
 from omni.runtime import Precision, seed_everything, setup_compute
 from omni.stages import StageInfo, stage_of_script
 from omni.stand_ins import Wanted, stand_in

@@ -61,13 +61,10 @@ class RunFolder:
 
     def wall_seconds(self) -> float:
         """How long all steps took; where two were done at a time, that time counts once."""
-        dated = [step for step in self.steps.values() if "ended" in step]  # not noted by runs of old
-        spans = sorted((step["ended"] - step["seconds"], step["ended"]) for step in dated)
-        total, until = (
-            sum(step["seconds"] for step in self.steps.values()) - sum(step["seconds"] for step in dated),
-            0.0,
-        )
-        for began, ended in spans:
+        steps, until = self.steps.values(), 0.0
+        total: float = sum(step["seconds"] for step in steps if "ended" not in step)  # of runs of old, one at a time
+        dated = [step for step in steps if "ended" in step]
+        for began, ended in sorted((step["ended"] - step["seconds"], step["ended"]) for step in dated):
             total += max(0.0, ended - max(began, until))
             until = max(until, ended)
         return total
@@ -173,7 +170,8 @@ class Work:
             alone = len(ready) == 1 and not len(self.children)
             if len(self.children) == self.jobs or self.code:
                 return
-            step, self.began[ready[0].name] = ready[0], time.perf_counter()
+            step = ready[0]
+            self.began[step.name] = time.perf_counter()
             command = list(step.command or ())
             if step.divisible and not alone and self.jobs > 1:
                 command += ["--num_threads", str(max(1, usable_cores() // self.jobs))]

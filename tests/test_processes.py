@@ -63,6 +63,19 @@ def test_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_a_signal_that_comes_while_a_child_is_started_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *words: object, **settings: object) -> None:
+            super().__init__(*words, **settings)  # type: ignore[call-overload]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with Children() as children:
+        children.start("it", [sys.executable, "-c", "import time; time.sleep(60)"])
+        assert children.wait() == ("it", 128 + signal.SIGTERM)
+        assert children.told == [signal.SIGTERM]
+
+
 def test_who_writes_to_nobody_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         def write(self, text: str) -> int:

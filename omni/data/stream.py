@@ -27,7 +27,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from omni import ranks
 from omni.config import DataConfig, UserError
 from omni.console import log
-from omni.parallel import die_with_parent, map_small
+from omni.parallel import map_small
+from omni.processes import die_with_parent
 
 _ALL_GOOD = DataConfig()  # a bad sample is an error
 BatchType = TypeVar("BatchType", bound="Batch")
