@@ -110,27 +110,31 @@ def measure_one(path: Path, words: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_peers(path: Path, precision: Any, seconds: float) -> list[dict[str, Any]]:
-    """The peers of a configuration's stage; none where it has none."""
+    """The peers of a configuration's stage; none where it has none.
+
+    At equal settings both take AdamW; beside a peer with its defaults ours has its own, the optimizer included.
+    """
     import dataclasses
 
     from bench.peers import PEERS, measure_peer, measure_trainer
 
-    request, found = request_of(path), []
+    request, found = request_of(path), list[dict[str, Any]]()
     most = max(
         values["batch_size"] for values in request.values.values() if isinstance(values, dict) and "lr" in values
     )
-    with rehearsal(
-        request, precision, lambda phase: dataclasses.replace(phase, max_steps=10**6, optimizer="adamw"),
-        Wanted(max(512, 2 * most), longest=False), Timed,
-    ) as loop:  # fmt: skip
-        assert isinstance(loop, Timed)
-        if loop.run.kind not in PEERS:
-            return []
-        loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
-        for name in loop.phases():
-            loop.begin(name)
-            kinds = [measure_peer, *([measure_trainer] if loop.run.kind == "thinker" else [])]
-            found += [{"config": path.stem, "phase": name} | kind(loop, seconds) for kind in kinds]
+    for measure, changes in ((measure_peer, {"optimizer": "adamw"}), (measure_trainer, {})):
+        with rehearsal(
+            request, precision, lambda phase, other=changes: dataclasses.replace(phase, max_steps=10**6, **other),
+            Wanted(max(512, 2 * most), longest=False), Timed,
+        ) as loop:  # fmt: skip
+            assert isinstance(loop, Timed)
+            if loop.run.kind not in PEERS:
+                return []
+            loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
+            for name in loop.phases():
+                if name == "train":  # a phase before it takes the same steps on other data
+                    loop.begin(name)
+                    found.append({"config": path.stem, "phase": name} | measure(loop, seconds))
     return found
 
 

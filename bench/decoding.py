@@ -3,6 +3,7 @@
     python bench/decoding.py states                    one pass over a text beside reading it token by token
     python bench/decoding.py backward                  a prompt of audio alone, and with its answer behind it
     python bench/decoding.py cache                     memory that is reserved beside keys appended by copying
+    python bench/decoding.py generate                  greedy decoding beside `generate` of transformers, same weights
     python bench/decoding.py draft --size nano         answers with and without a draft (configs/draft_nano.json)
 
 What is compared is run in turns, the median of ``--rounds`` is taken, and the ratio is of the two medians: on a machine
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from omni.config import RunConfig, UserError, from_dict
 from omni.console import user_errors
 from omni.data.dialogue import read_chats
-from omni.decoding import Draft, Prompts, Rows
+from omni.decoding import Decoding, Draft, Prompts, Rows
 from omni.evaluate.omni import Examiner
 from omni.features import FeatureStore, cache_of
 from omni.generate import AnswerSettings, Generation
@@ -211,6 +212,43 @@ def cache(words: argparse.Namespace, device: torch.device) -> None:
     show(works, words, device)
 
 
+def generate(words: argparse.Namespace, device: torch.device) -> None:
+    """Greedy decoding with a KV cache, and ``generate`` of the stock Qwen3 class with the same weights."""
+    from bench.peers import qwen3
+
+    thinker = random_thinker(words, device).eval()
+    peer, _ = qwen3(thinker.config)
+    missing = peer.load_state_dict({f"model.{name}": value for name, value in thinker.state_dict().items()}, False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys, missing
+    peer.tie_weights()
+    peer.to(device).eval()
+    told, new = 16, words.length or thinker.config.ctx_len - 16
+    tokens_BT = torch.randint(thinker.config.vocab_size, (words.batch, told), device=device)
+    valid_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+
+    @torch.no_grad()
+    def ours() -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in range(words.batch)]
+        for run in Decoding(thinker, Prompts(thinker.embed(tokens_BT), valid_BT)).runs(new):
+            for row, tokens in zip(rows, run, strict=True):
+                row += tokens
+        return rows
+
+    def theirs() -> list[list[int]]:
+        said_BT = peer.generate(
+            tokens_BT, attention_mask=valid_BT.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            use_cache=True, pad_token_id=0,
+        )  # fmt: skip
+        return said_BT[:, told:].tolist()
+
+    pairs = [(a, b) for mine, other in zip(ours(), theirs(), strict=True) for a, b in zip(mine, other, strict=True)]
+    taken = show({"ours": ours, "generate": theirs}, words, device)
+    print(
+        f"{new} tokens a row, {sum(a == b for a, b in pairs) / len(pairs):.1%} the same; "
+        f"ours {taken['generate'] / taken['ours']:.2f} times as fast"
+    )
+
+
 def draft(words: argparse.Namespace, device: torch.device) -> None:
     """Answers to held-out chats with and without a draft: the same, how many guesses are kept, and what it gains."""
     checkpoint = words.checkpoint or stage_of("omni").checkpoint(words.size)
@@ -272,14 +310,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one thing; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
-    for work, batch in ((states, 1), (backward, 32), (cache, 16), (draft, 1)):
+    for work, batch in ((states, 1), (backward, 32), (cache, 16), (generate, 1), (draft, 1)):
         command = commands.add_parser(work.__name__, help=(work.__doc__ or "").partition("\n")[0])
         command.set_defaults(work=work)
         command.add_argument("--size", default="nano", help="of the configurations meant (nano)")
         command.add_argument("--batch", type=int, default=batch, help=f"rows ({batch})")
         command.add_argument("--rounds", type=int, default=5, help="how often each is timed (5)")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        if work in (states, cache):
+        if work in (states, cache, generate):
             command.add_argument("--length", type=int, default=0, help="tokens; by default the context is filled")
         if work is backward:
             command.add_argument("--audio", type=int, default=0, help="positions of audio; by default ctx_len // 4")

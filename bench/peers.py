@@ -1,9 +1,9 @@
 """The peers: Hugging Face `transformers` at the same shape, on the same data, in the same precision.
 
 Each gets the batches of the stage it stands beside, through a loop of its own that is as short as it can be (``equal``:
-the stage's precision, PyTorch's fused AdamW, attention by ``sdpa``, no compilation on either side), or as its user gets
-it (``default``: the ``Trainer`` with its own settings, for the Thinker). ``transformers`` is in the development group
-alone; without it there are no peers.
+the stage's precision, PyTorch's fused AdamW, attention by ``sdpa``, no compilation on either side), and as its user
+gets it (``default``: the ``Trainer`` with its own settings, over the same rows in its own order). ``transformers`` is
+in the development group alone; without it there are no peers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bench.measure import WARM_UP, Timed, wait_for
 from omni.models.audio_encoder import AudioEncoderConfig
@@ -24,6 +26,7 @@ from omni.models.vision_encoder import VisionConfig
 from omni.tokenizer import Characters
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
+Row = dict[str, torch.Tensor]
 
 
 def qwen3(config: ThinkerConfig) -> tuple[nn.Module, Loss]:
@@ -33,8 +36,9 @@ def qwen3(config: ThinkerConfig) -> tuple[nn.Module, Loss]:
     shape = Qwen3Config(
         vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads, head_dim=config.dim // config.num_heads,
+        num_key_value_heads=config.num_kv_heads, head_dim=config.head_size,
         max_position_embeddings=config.ctx_len, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -92,18 +96,74 @@ def clip(config: VisionConfig) -> tuple[nn.Module, Loss]:
     return CLIPModel(shape), loss
 
 
-PEERS: dict[str, tuple[str, Callable[[Any], tuple[nn.Module, Loss]]]] = {
-    "thinker": ("Qwen3ForCausalLM", qwen3),
-    "audio_enc": ("ParakeetForCTC", parakeet),
-    "vision": ("CLIPModel", clip),
+@dataclass(frozen=True)
+class Peer:
+    """What stands beside a stage.
+
+    Attributes:
+        name: its class.
+        make: the model of a shape and its loss of one of our batches.
+        rows: one of our batches as rows of a data set that the ``Trainer`` takes.
+        collate: such rows as what its model takes.
+    """
+
+    name: str
+    make: Callable[[Any], tuple[nn.Module, Loss]]
+    rows: Callable[[Any], Iterator[Row]]
+    collate: Callable[[list[Row]], dict[str, Any]]
+
+
+def _windows(batch: Any) -> Iterator[Row]:
+    for row_T in batch.tokens_BT:
+        yield {"input_ids": row_T, "labels": row_T}
+
+
+def _stacked(rows: list[Row]) -> dict[str, Any]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _utterances(batch: Any) -> Iterator[Row]:
+    sizes = zip(batch.num_frames_B.tolist(), batch.num_symbols_B.tolist(), strict=True)
+    for row, (frames, symbols) in enumerate(sizes):
+        yield {"input_features": batch.frames_BFM[row, :frames], "labels": batch.symbols_BS[row, :symbols]}
+
+
+def _padded(rows: list[Row]) -> dict[str, Any]:
+    frames = [row["input_features"] for row in rows]
+    marks = [torch.ones(len(row_FM), dtype=torch.long) for row_FM in frames]
+    symbols = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=Characters.pad)
+    return {
+        "input_features": pad_sequence(frames, batch_first=True),
+        "attention_mask": pad_sequence(marks, batch_first=True), "labels": symbols,
+    }  # fmt: skip
+
+
+def _captioned(batch: Any) -> Iterator[Row]:
+    pixels = batch.pixels_B3HW.float() / 127.5 - 1
+    for row, pixels_3HW in enumerate(pixels):
+        yield {"pixel_values": pixels_3HW, "input_ids": batch.tokens_NT[row, batch.valid_NT[row]]}
+
+
+def _pairs(rows: list[Row]) -> dict[str, Any]:
+    marks = [torch.ones_like(row["input_ids"]) for row in rows]
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True),
+        "attention_mask": pad_sequence(marks, batch_first=True), "return_loss": True,
+    }  # fmt: skip
+
+
+PEERS = {
+    "thinker": Peer("Qwen3ForCausalLM", qwen3, _windows, _stacked),
+    "audio_enc": Peer("ParakeetForCTC", parakeet, _utterances, _padded),
+    "vision": Peer("CLIPModel", clip, _captioned, _pairs),
 }
 
 
 def measure_peer(loop: Timed, seconds: float) -> dict[str, Any]:
     """Throughput of a stage's peer and of the stage itself, step by step in turn, on the same batches."""
-    name, make = PEERS[loop.run.kind]
-    device = loop.precision.device
-    model, loss = make(loop.run.model.config)
+    peer, device = PEERS[loop.run.kind], loop.precision.device
+    model, loss = peer.make(loop.run.model.config)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
@@ -130,26 +190,27 @@ def measure_peer(loop: Timed, seconds: float) -> dict[str, Any]:
                 break
     ratio = statistics.median(other / mine for other, mine in zip(theirs, ours, strict=True))
     return {
-        "peer": name, "setting": "equal", "unit": loop.stage.unit, "parameters": _count(model),
+        "peer": peer.name, "setting": "equal", "unit": loop.stage.unit, "parameters": _count(model),
         "our_parameters": _count(loop.run.model), "peer_throughput": targets / sum(theirs),
         "throughput": targets / sum(ours), "ratio": ratio,
     }  # fmt: skip
 
 
 def measure_trainer(loop: Timed, seconds: float) -> dict[str, Any]:
-    """The Thinker's peer as its user gets it: the ``Trainer`` with its defaults, on the same windows of text."""
+    """A stage's peer as its user gets it: the ``Trainer`` with its defaults, on the same rows in its own order."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    ours, windows, targets = [], [], 0
+    peer = PEERS[loop.run.kind]
+    ours, rows, targets = [], list[Row](), 0
     for number in range(WARM_UP + 10**6):
         mine = loop.looped()
         if number >= WARM_UP:
             ours.append(mine)
             targets += sum(batch.counts[loop.stage.unit] for batch in loop.kept)
-            windows += [row for batch in loop.kept for row in batch.tokens_BT]
+            rows += [row for batch in loop.kept for row in peer.rows(batch)]
             if sum(ours) > seconds / 2 and len(ours) >= 5:
                 break
-    model, _ = qwen3(loop.run.model.config)
+    model, _ = peer.make(loop.run.model.config)
     starts: list[float] = []
 
     class Clock(TrainerCallback):
@@ -169,20 +230,15 @@ def measure_trainer(loop: Timed, seconds: float) -> dict[str, Any]:
             gradient_accumulation_steps=loop.stage.config.gradient_accumulation_steps, disable_tqdm=True,
             save_strategy="no", use_cpu=loop.precision.device.type == "cpu", dataloader_drop_last=True,
         )  # fmt: skip
-        rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in windows]
-        Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()], data_collator=_collate).train()
-    steps = [after - before for before, after in zip(starts[WARM_UP:-1], starts[WARM_UP + 1 :], strict=True)]
-    tokens = targets / len(ours)
+        Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()], data_collator=peer.collate).train()
+    # a step of theirs has as many rows, and so as many targets on average, as one of ours
+    step = (starts[-1] - starts[WARM_UP]) / (len(starts) - 1 - WARM_UP)
     return {
-        "peer": "Qwen3ForCausalLM in the Trainer", "setting": "default", "unit": loop.stage.unit,
+        "peer": f"{peer.name} in the Trainer", "setting": "default", "unit": loop.stage.unit,
         "parameters": _count(model), "our_parameters": _count(loop.run.model),
-        "peer_throughput": tokens / statistics.median(steps), "throughput": targets / sum(ours),
-        "ratio": statistics.median(steps) / statistics.median(ours),
+        "peer_throughput": targets / len(ours) / step, "throughput": targets / sum(ours),
+        "ratio": step * len(ours) / sum(ours),
     }  # fmt: skip
-
-
-def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
 def _count(model: nn.Module) -> int:

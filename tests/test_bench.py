@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import bare
-from bench.__main__ import table
+from bench.__main__ import measure_peers, table
 from bench.measure import Timed, matmul_peak, measure_stage, padding, request_of
 from omni.data.text import TextBatch
 from omni.rehearsal import rehearsal
@@ -86,7 +86,7 @@ def test_without_the_usual_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_allclose(file.read()[:, 0], wave, atol=1e-4)
 
 
-def test_peers_have_the_stage_s_shape(config: Path) -> None:
+def test_a_peer_has_the_stage_s_shape(config: Path) -> None:
     pytest.importorskip("transformers")
     from bench.peers import measure_peer
 
@@ -97,3 +97,14 @@ def test_peers_have_the_stage_s_shape(config: Path) -> None:
             found = measure_peer(loop, 0.1)
     assert found["parameters"] == found["our_parameters"]  # the Thinker's layout is Qwen3's
     assert found["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["thinker", "audio_enc", "vision"])
+def test_peers_take_the_stage_s_batches(stage: str) -> None:
+    pytest.importorskip("transformers")
+    found = measure_peers(Path(f"configs/{stage}_nano.json"), FP32, 0.5)
+    assert [row["setting"] for row in found] == ["equal", "default"]
+    for row in found:
+        assert 0.1 < row["parameters"] / row["our_parameters"] < 3
+        assert row["ratio"] == pytest.approx(row["throughput"] / row["peer_throughput"], rel=0.5)

@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni.models.layers import RMSNorm, TimeConv, attend, dropout
+from omni.models.kv_cache import KVCache
+from omni.models.layers import Block, RMSNorm, RotaryPositions, TimeConv, attend, dropout, init_weights, rotate
+from omni.models.lora import LoRAConfig, adapters, add_adapters
+from omni.models.one_position import run_block
 from tests.forked import Child
 
 
@@ -87,3 +90,35 @@ def test_narrow_depthwise_convolutions_return_in_bf16(tmp_path: Path) -> None:
     """In a process of its own: oneDNN's bf16 kernel would never return for this shape."""
     child = Child(narrow_convolution, (), tmp_path / "log.txt")
     assert child.wait(60) == 0, child.log.read_text()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kind", ["plain", "masked", "adapted"])
+@torch.no_grad()
+def test_a_block_at_one_position_equals_the_block(kv_heads: int, kind: str) -> None:
+    torch.manual_seed(0)
+    block = Block(32, 4, 48, 0, causal=True, num_kv_heads=kv_heads, head_dim=16).eval()
+    init_weights(block)
+    if kind == "adapted":
+        add_adapters(block, LoRAConfig(rank=2))
+        for adapter in adapters(block):
+            torch.nn.init.normal_(adapter.b_proj.weight, std=0.05)  # type: ignore[union-attr,arg-type]
+    rotary, (fast, slow) = RotaryPositions(16), (KVCache(1), KVCache(1))
+    x_BTD, positions_BT = torch.randn(3, 9, 32), torch.arange(9) + torch.tensor([[0], [4], [11]])
+    for first, end in ((0, 4), *((t, t + 1) for t in range(4, 9))):
+        seen = torch.rand(3, 1, end - first, end) < 0.7
+        seen[..., -1] = True
+        turn, mask = rotary(positions_BT[:, first:end]), seen if kind == "masked" or end - first > 1 else None
+        expected = block(x_BTD[:, first:end], turn, mask, slow)
+        torch.testing.assert_close(run_block(block, x_BTD[:, first:end], turn, mask, fast), expected)
+    assert fast.length == slow.length == 9
+
+
+def test_rotary_positions_are_qwen3s() -> None:
+    """x cos + (-second half, first half) sin, as the stock class computes it."""
+    x_BTHd, positions_BT = torch.randn(2, 5, 3, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 9, 90, 91, 500]])
+    angles = positions_BT[:, :, None, None] * 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    angles = torch.cat([angles, angles], dim=-1)
+    turned = torch.cat([-x_BTHd[..., 4:], x_BTHd[..., :4]], dim=-1)
+    expected = x_BTHd * angles.cos() + turned * angles.sin()
+    torch.testing.assert_close(rotate(x_BTHd, *RotaryPositions(8)(positions_BT)), expected)

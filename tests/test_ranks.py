@@ -254,7 +254,7 @@ def test_mistakes_of_the_user_are_one_line(config: Path, tmp_path: Path) -> None
             "error: batch_size: found 1 (of 37 samples), expected at least one sample for",
         ),
         (("--bad_rows", "[30]"), "error: toy.csv:32: truncated"),
-        (("--monitor", "wer"), "monitor: found 'wer'"),
+        (("--second.monitor", "wer"), "monitor: found 'wer'"),
         (("--widht", "3"), "did you mean --width?"),
     ):
         code, said = ended(start(config, run, *words), run)

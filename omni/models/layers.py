@@ -94,11 +94,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self._floor = torch.tensor(math.sqrt(dim * eps))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
         if _as_on_cpu(x) and not torch.is_grad_enabled():
-            return _rms_norm(x, self.weight, self.eps)[0]  # at a step of decoding an autograd function costs as much
+            # in as few operations as it takes: at a step of decoding they take longer to start than to compute
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            return (x / length.hypot_(self._floor)).mul_(self.weight * math.sqrt(x.shape[-1])).to(x.dtype)
         if _as_on_cpu(x):
             normed: torch.Tensor = _CPUNorm.apply(x, self.weight, self.eps)
             return normed
@@ -112,20 +115,22 @@ class RotaryPositions(nn.Module):
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequencies = theta**-exponents
+        # the first half turns the other way, which only the sine notices
+        self.frequencies_d: torch.Tensor
+        self.register_buffer("frequencies_d", torch.cat([-frequencies, frequencies]), persistent=False)
 
     def forward(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, each [B or 1, T, 1, head_dim], of integer positions [B or 1, T]."""
-        exponents = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=torch.float32) / self.head_dim
-        angles = positions_BT[:, :, None, None].float() * self.theta**-exponents
-        angles = torch.cat([angles, angles], dim=-1)
+        """Cosine and sine, each [B or 1, T, 1, head_dim], of integer positions [B or 1, T]; for :func:`rotate`."""
+        angles = positions_BT[:, :, None, None].float() * self.frequencies_d
         return angles.cos(), angles.sin()
 
 
 def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary positions to queries or keys."""
-    first, second = x_BTHd.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x_BTHd * cos.to(x_BTHd.dtype) + turned * sin.to(x_BTHd.dtype)
+    half = x_BTHd.shape[-1] // 2
+    return x_BTHd * cos.to(x_BTHd.dtype) + x_BTHd.roll(half, -1) * sin.to(x_BTHd.dtype)
 
 
 def attend(

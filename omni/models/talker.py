@@ -27,6 +27,7 @@ from omni.models.layers import (
     padding_mask,
     scale_residual_outputs,
 )
+from omni.models.one_position import run_block
 from omni.timing import NUM_PLACE_FEATURES, FramePlan, TalkerText
 from omni.tokenizer import Characters
 
@@ -180,7 +181,7 @@ class Talker(nn.Module):
             mask = ((back >= 0) & (back < self.config.window))[None, None]
         rotary = self.rotary(positions_T[None])
         for block in self.blocks:
-            x = block(x, rotary, mask, cache)
+            x = run_block(block, x, rotary, mask, cache)
         return self.norm(x)
 
     def residual_logits(self, h: torch.Tensor, codes: torch.Tensor, k: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ from omni.models.layers import (
     init_weights,
     quiet_residual_outputs,
 )
+from omni.models.one_position import run_block
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Thinker(nn.Module):
         for number, layer in enumerate(self.layers):
             if number in states_of:
                 states[number] = x
-            x = layer(x, rotary, mask, cache)
+            x = run_block(layer, x, rotary, mask, cache)
         if len(self.layers) in states_of:
             states[len(self.layers)] = x
         return ThinkerOutput(self.norm(x), states)
