@@ -28,7 +28,7 @@ from omni.console import log, user_errors  # noqa: E402
 from omni.plan_view import size_text  # noqa: E402
 from omni.rehearsal import rehearsal  # noqa: E402
 from omni.runtime import pick_precision, setup_compute  # noqa: E402
-from omni.stages import STAGES  # noqa: E402
+from omni.stages import STAGES, stage_of_config  # noqa: E402
 from omni.stand_ins import Wanted  # noqa: E402
 
 
@@ -65,6 +65,7 @@ def _words() -> argparse.Namespace:
     parser.add_argument(
         "--memory", type=float, default=0.0, metavar="GB", help="hold the process to so much of the GPU"
     )
+    parser.add_argument("--compile", action="store_true", help="our blocks through torch.compile, without peers")
     parser.add_argument("--no-peers", action="store_true", help="the stages alone")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
@@ -77,7 +78,7 @@ def _in_process(path: Path, words: argparse.Namespace) -> dict[str, Any] | None:
         file = Path(folder) / "found.json"
         command = [sys.executable, "-m", "bench", "--only", str(path), "--json", str(file), "--device", words.device]
         command += ["--threads", str(words.threads), "--seconds", str(words.seconds), "--memory", str(words.memory)]
-        command += ["--no-peers"] if words.no_peers else []
+        command += [word for word in ("--no-peers", "--compile") if getattr(words, word[2:].replace("-", "_"))]
         print(f"{path} ...", file=sys.stderr, flush=True)
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode or not file.exists():
@@ -98,8 +99,8 @@ def measure_one(path: Path, words: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, words.memory * 2**30 / whole), device)
     peak = matmul_peak(precision)
     found: dict[str, Any] = {"stages": [], "peers": [], "memory": [], "left_out": []}
-    found["stages"] = measure_stage(path, precision, words.seconds, peak)
-    if not words.no_peers:
+    found["stages"] = measure_stage(path, precision, words.seconds, peak, compiled=words.compile)
+    if not (words.no_peers or words.compile):
         try:
             found["peers"] = measure_peers(path, precision, words.seconds)
         except (ImportError, UserError) as error:
@@ -119,6 +120,10 @@ def measure_peers(path: Path, precision: Any, seconds: float) -> list[dict[str, 
     from bench.peers import PEERS, measure_peer, measure_trainer
 
     request, found = request_of(path), list[dict[str, Any]]()
+    peer = PEERS.get(stage_of_config(path, request.values).kind)
+    if peer is None:
+        return []
+    request.values["data"].update(peer.data)
     most = max(
         values["batch_size"] for values in request.values.values() if isinstance(values, dict) and "lr" in values
     )
@@ -128,11 +133,11 @@ def measure_peers(path: Path, precision: Any, seconds: float) -> list[dict[str, 
             Wanted(max(512, 2 * most), longest=False), Timed,
         ) as loop:  # fmt: skip
             assert isinstance(loop, Timed)
-            if loop.run.kind not in PEERS:
-                return []
             loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
             for name in loop.phases():
                 if name == "train":  # a phase before it takes the same steps on other data
+                    if peer.loss is not None:
+                        loop.stage = dataclasses.replace(loop.stage, compute_loss=peer.loss)
                     loop.begin(name)
                     found.append({"config": path.stem, "phase": name} | measure(loop, seconds))
     return found

@@ -14,4 +14,5 @@ for size in tiny base; do
 	for stage in thinker audio_enc vision talker omni_sft; do configs="$configs configs/${stage}_$size.json"; done
 done
 # shellcheck disable=SC2086
-PYTHONPATH=. timeout 590 "$python" -m bench $configs --device cuda --seconds 3 --memory 12 --json "$out"
+PYTHONPATH=. timeout 500 "$python" -m bench $configs --device cuda --seconds 3 --memory 12 --json "$out"
+PYTHONPATH=. timeout 90 "$python" -m bench configs/thinker_base.json --device cuda --seconds 3 --memory 12 --compile --json "${out%.json}_compiled.json"

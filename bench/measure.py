@@ -26,9 +26,11 @@ from omni.tracking import Progress
 WARM_UP = 3  # steps before anything is timed
 
 
-def request_of(path: Path) -> Request:
-    """A configuration file as a rehearsal takes it."""
+def request_of(path: Path, compiled: bool = False) -> Request:
+    """A configuration file as a rehearsal takes it, its blocks compiled if so wanted."""
     values = read_raw_config(path)
+    if compiled:
+        values["run"] = values.get("run", {}) | {"compile": True}
     return Request(stage_of_config(path, values).script, values, str(path), str(path.parent))
 
 
@@ -109,7 +111,7 @@ class Timed(Rehearsal):
 
 
 def measure_stage(
-    path: Path, precision: Precision, seconds: float, peak: float, num: int = 512
+    path: Path, precision: Precision, seconds: float, peak: float, num: int = 512, compiled: bool = False
 ) -> list[dict[str, Any]]:
     """Every phase of a configuration, for so many seconds each.
 
@@ -119,8 +121,9 @@ def measure_stage(
         seconds: a phase.
         peak: of a matrix product, operations a second.
         num: samples, at least two batches.
+        compiled: whether its blocks learn through ``torch.compile``.
     """
-    request = request_of(path)
+    request = request_of(path, compiled)
     most = max(values["batch_size"] for values in request.values.values() if _is_phase(values))
 
     def change(phase: PhaseConfig) -> PhaseConfig:

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bench.measure import WARM_UP, Timed, wait_for
+from omni.losses import contrastive_loss_sum
 from omni.models.audio_encoder import AudioEncoderConfig
 from omni.models.thinker import ThinkerConfig
 from omni.models.vision_encoder import VisionConfig
@@ -71,7 +72,7 @@ def parakeet(config: AudioEncoderConfig) -> tuple[nn.Module, Loss]:
 
 
 def clip(config: VisionConfig) -> tuple[nn.Module, Loss]:
-    """Stage C's peer: pictures and captions alone. It has no negatives and writes no captions; ours does both."""
+    """Stage C's peer: pictures and captions. It has no wrong captions and writes none; here ours does neither."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {
@@ -96,6 +97,14 @@ def clip(config: VisionConfig) -> tuple[nn.Module, Loss]:
     return CLIPModel(shape), loss
 
 
+def _contrastive(encoder: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """Stage C's loss without the captioning."""
+    image_BE = encoder.encode_image(batch.pixels_B3HW).pooled_BE
+    text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT)
+    own_B = torch.arange(len(image_BE), device=image_BE.device)
+    return {"images": contrastive_loss_sum(image_BE, text_NE, encoder.scale, batch.same_BN, own_B)}
+
+
 @dataclass(frozen=True)
 class Peer:
     """What stands beside a stage.
@@ -105,12 +114,16 @@ class Peer:
         make: the model of a shape and its loss of one of our batches.
         rows: one of our batches as rows of a data set that the ``Trainer`` takes.
         collate: such rows as what its model takes.
+        data: keys of our data without which it could not be compared.
+        loss: what remains of our stage's loss where the peer has not all of it.
     """
 
     name: str
     make: Callable[[Any], tuple[nn.Module, Loss]]
     rows: Callable[[Any], Iterator[Row]]
     collate: Callable[[list[Row]], dict[str, Any]]
+    data: dict[str, Any] = field(default_factory=dict)
+    loss: Callable[[Any, Any], dict[str, torch.Tensor]] | None = None
 
 
 def _windows(batch: Any) -> Iterator[Row]:
@@ -156,7 +169,7 @@ def _pairs(rows: list[Row]) -> dict[str, Any]:
 PEERS = {
     "thinker": Peer("Qwen3ForCausalLM", qwen3, _windows, _stacked),
     "audio_enc": Peer("ParakeetForCTC", parakeet, _utterances, _padded),
-    "vision": Peer("CLIPModel", clip, _captioned, _pairs),
+    "vision": Peer("CLIPModel", clip, _captioned, _pairs, {"num_negatives": 0}, _contrastive),
 }
 
 

@@ -93,6 +93,8 @@ class RunConfig:
     val_batches: int = 20
     checkpoint_freq: int = 500
     keep_last: int = 2
+    activation_checkpointing: bool = False  # compute what backward needs of a block anew: less memory, a third slower
+    compile: bool = False  # transformer blocks by torch.compile: faster steps after a minute or more of compiling
     max_grad_norm: float = 1.0
     max_grad_explosion: float = 100.0
     min_loss: float = -1e6
@@ -107,8 +109,7 @@ class RunConfig:
         counted = ("print_freq", "val_freq", "val_batches", "checkpoint_freq", "keep_last", "max_consecutive_skips")
         yield from _unfit(self, counted, lambda value: value >= 1, "at least 1")
         yield from _unfit(self, ("seed", "num_threads", "num_workers"), lambda value: value >= 0, "0 or more")
-        positive = ("max_grad_norm", "max_grad_explosion", "rank_timeout")
-        yield from _unfit(self, positive, lambda value: value > 0, "more than 0")
+        yield from _unfit(self, ("max_grad_norm", "max_grad_explosion", "rank_timeout"), lambda x: x > 0, "more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,9 +364,8 @@ def _convert(kind: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             return value
         kind = options[0]
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(o for o in options if o is not type(None)), value, key, problems)
+        given = next(option for option in options if option is not type(None))
+        return None if value is None else _convert(given, value, key, problems)
     if origin is Literal and value in options:
         return value
     if origin is tuple and isinstance(value, list):

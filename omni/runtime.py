@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from omni import ranks
 from omni.config import RunConfig, UserError
 from omni.console import log as log
+from omni.models.layers import Block
 from omni.processes import usable_cores
 
 
@@ -130,6 +132,15 @@ def setup_compute(run: RunConfig) -> Precision:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return pick_precision(device, run.use_amp)
+
+
+def prepare_blocks(model: nn.Module, run: RunConfig) -> None:
+    """Let the transformer blocks of a model be compiled, or keep less for backward, as a configuration says."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.checkpointed = run.activation_checkpointing
+            if run.compile:
+                block.compile_training()
 
 
 def seed_everything(seed: int) -> None:

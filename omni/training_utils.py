@@ -39,6 +39,7 @@ from omni.runtime import (
     Precision,
     free_memory,
     isolated_randomness,
+    prepare_blocks,
     random_state,
     restore_random_state,
     seed_everything,
@@ -70,6 +71,7 @@ class Loop:
     def __init__(self, run: Run, config: StageConfig, precision: Precision, fresh: bool = False) -> None:
         self.run, self.config, self.precision = run, config, precision
         self.options: RunConfig = config.run
+        prepare_blocks(run.model, config.run)
         self._watch = AnomalyWatch(run.model) if config.run.detect_anomaly else None
         with ranks.first():
             self.folder = SaveFolder(config.save_dir, run, fresh, config.run.keep_last)

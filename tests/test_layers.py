@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from omni.config import RunConfig
 from omni.models.kv_cache import KVCache
 from omni.models.layers import Block, RMSNorm, RotaryPositions, TimeConv, attend, dropout, init_weights, rotate
 from omni.models.lora import LoRAConfig, adapters, add_adapters
 from omni.models.one_position import run_block
+from omni.runtime import prepare_blocks
+from omni.step_cost import LiveBytes
 from tests.forked import Child
 
 
@@ -122,3 +126,51 @@ def test_rotary_positions_are_qwen3s() -> None:
     turned = torch.cat([-x_BTHd[..., 4:], x_BTHd[..., :4]], dim=-1)
     expected = x_BTHd * angles.cos() + turned * angles.sin()
     torch.testing.assert_close(rotate(x_BTHd, *RotaryPositions(8)(positions_BT)), expected)
+
+
+def _learned(block: Block, x_BTD: torch.Tensor) -> list[torch.Tensor]:
+    """A block's output and gradients, with dropout and padding."""
+    torch.manual_seed(1)
+    block.train().zero_grad()
+    rotary = RotaryPositions(16)(torch.arange(x_BTD.shape[1])[None])
+    y_BTD = block(x_BTD, rotary, None, None, torch.arange(x_BTD.shape[1])[None] < torch.tensor([[12], [9]]))
+    (y_BTD * torch.linspace(0, 1, y_BTD.numel()).view_as(y_BTD)).sum().backward()
+    return [y_BTD.detach(), *(item.grad for item in block.parameters() if item.grad is not None)]
+
+
+def _block() -> Block:
+    torch.manual_seed(0)
+    block = Block(64, 4, 128, 0, causal=False, conv_kernel=5, dropout=0.2)
+    init_weights(block)
+    return block
+
+
+def test_activation_checkpointing_changes_the_memory_and_nothing_else() -> None:
+    x_BTD, peaks, found = torch.randn(2, 12, 64), [], []
+    for wanted in (False, True):
+        block = _block()
+        prepare_blocks(block, RunConfig(activation_checkpointing=wanted))
+        with LiveBytes() as live:
+            torch.manual_seed(1)
+            kept = block.train()(x_BTD, RotaryPositions(16)(torch.arange(12)[None]))
+            peaks.append(live.now)
+            del kept
+        found.append(_learned(block, x_BTD))
+    assert peaks[1] < 0.2 * peaks[0]
+    assert len(found[0]) == len(found[1]) > 10
+    for plain, anew in zip(*found, strict=True):
+        assert torch.equal(plain, anew)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_block_learns_the_same() -> None:
+    x_BTD = torch.randn(2, 12, 64)
+    compiled = _block()
+    prepare_blocks(compiled, RunConfig(compile=True, activation_checkpointing=True))
+    for block in (plain := _block(), compiled):
+        block.dropout = 0.0  # compiled code draws other numbers
+    for a, b in zip(_learned(plain, x_BTD), _learned(compiled, x_BTD), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x_BTD), compiled.eval()(x_BTD))

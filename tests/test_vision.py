@@ -273,7 +273,7 @@ def test_the_model_is_what_it_says(tokenizer: Tokenizer) -> None:
     end = 7
     for row, caption in enumerate(model.caption(output.patches_BPD, end)):
         tokens = torch.tensor([[*caption, end][: SMALL.max_text_len]])
-        logits = model.caption_logits(output.patches_BPD[row : row + 1], tokens)
+        logits = model.captioner.logits(model.caption_states(output.patches_BPD[row : row + 1], tokens))
         assert logits.argmax(-1).tolist() == tokens.tolist()
     model.log_scale.data.fill_(9.0)
     model.clamp_scale()

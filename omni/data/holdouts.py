@@ -143,7 +143,7 @@ def test_sentences(folder: Path) -> Iterator[tuple[str, str]]:
     for line in read_lines(folder / "sft" / "sft_test.jsonl"):
         if line["task"] in ("text_qa", "speech_qa", "speech_out", "asr"):
             asked = line.get("transcript") or " ".join(texts_of(line["messages"][0]))
-            yield "sft_test.jsonl", normalize(asked.removeprefix("scene: ").removesuffix(" answer aloud."))
+            yield "sft_test.jsonl", normalize(asked.removeprefix("scene: "))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -188,7 +188,6 @@ FACT_QUESTIONS = (
 REQUESTS = {
     "caption": "describe the picture.",
     "asr": "write down what you hear.",
-    "aloud": "answer aloud.",
 }
 
 # ------------------------------------------------------------------------------------------------- talk and stories

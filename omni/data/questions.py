@@ -1,7 +1,7 @@
 """Questions with short answers: about pictures, about written and spoken scenes, about people, numbers and facts.
 
 A `Question` carries its template (answers are balanced and compared within a template) and a whole sentence that
-answers it, for when the answer shall be spoken.
+answers it, for texts in which it is said.
 """
 
 from __future__ import annotations

@@ -229,10 +229,8 @@ def _test_chats(plan: Plan, split: str) -> list[dict[str, Any]]:
 
 def _test_questions(line: dict[str, Any]) -> list[str]:
     """Return what training may not say: not the questions about pictures, which are few and asked of many."""
-    if line["task"] in ("text_qa", "text_chat"):
+    if line["task"] in ("text_qa", "text_chat") or (line["task"] == "speech_out" and "transcript" not in line):
         return [str(line["messages"][0]["content"])]
-    if line["task"] == "speech_out" and "transcript" not in line:
-        return [str(line["messages"][0]["content"]).removesuffix(" answer aloud.")]
     return [line["transcript"]] if line["task"] in ("speech_qa", "asr", "speech_out") else []
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from omni.models.kv_cache import KVCache
 
@@ -290,7 +291,11 @@ class ConvLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, an optional convolution module, SwiGLU."""
+    """Pre-norm transformer block: attention, an optional convolution module, SwiGLU.
+
+    Attributes:
+        checkpointed: whether what its inside made is computed anew in backward instead of kept (Chen et al., 2016).
+    """
 
     def __init__(
         self,
@@ -311,6 +316,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim)
         self.mlp = SwiGLU(dim, hidden_dim)
         self.dropout = dropout
+        self.checkpointed = False
+        self._compiled: Callable[..., torch.Tensor] | None = None
+
+    def compile_training(self) -> None:
+        """From now on learn through ``torch.compile``; what is not learned from is computed as before."""
+        self._compiled = torch.compile(self._compute)
 
     def forward(
         self,
@@ -329,6 +340,22 @@ class Block(nn.Module):
             cache: keys and values of earlier positions, extended in place.
             valid_BT: False at padding, for the convolution module.
         """
+        if cache is not None or not torch.is_grad_enabled():
+            return self._compute(x_BTD, rotary, mask, cache, valid_BT)
+        compute = self._compiled or self._compute
+        if self.checkpointed:
+            y_BTD: torch.Tensor = checkpoint(compute, x_BTD, rotary, mask, None, valid_BT, use_reentrant=False)
+            return y_BTD
+        return compute(x_BTD, rotary, mask, None, valid_BT)
+
+    def _compute(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        valid_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
         x_BTD = x_BTD + self._drop(self.self_attn(self.input_layernorm(x_BTD), rotary, mask, cache))
         if self.conv is not None:
             x_BTD = x_BTD + self._drop(self.conv(x_BTD, valid_BT))

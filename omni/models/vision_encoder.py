@@ -270,15 +270,19 @@ class CaptionDecoder(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, patches_BPD: torch.Tensor, start: int = 0, cache: KVCache | None = None
     ) -> torch.Tensor:
-        """Next-token logits [B, T, V] of inputs at positions ``start`` and on.
+        """Final states [B, T, D] of inputs at positions ``start`` and on."""
+        x = x_BTD + self.positions_TD[start : start + x_BTD.shape[1]]
+        for layer in self.layers:
+            x = layer(x, patches_BPD, cache)
+        return self.norm(x)
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [..., V] from final states [..., D].
 
         Raises:
             FloatingPointError: when they are not finite.
         """
-        x = x_BTD + self.positions_TD[start : start + x_BTD.shape[1]]
-        for layer in self.layers:
-            x = layer(x, patches_BPD, cache)
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+        logits = F.linear(final, self.embed_tokens.weight)
         check_finite(logits, "the caption decoder's logits")
         return logits
 
@@ -326,8 +330,8 @@ class VisionEncoder(nn.Module):
         """Unit vectors [B, E] of captions; ``valid_BT`` is False at padding, which changes nothing."""
         return self.text(tokens_BT, valid_BT)
 
-    def caption_logits(self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of every token of the captions, given the patches and the tokens before it."""
+    def caption_states(self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """States [B, T, D] that every token of the captions is told by, from the patches and the tokens before it."""
         before = self.captioner.embed_tokens(tokens_BT[:, :-1])
         inputs = torch.cat([self.captioner.begin(len(tokens_BT)).to(before.dtype), before], dim=1)
         return self.captioner(inputs, patches_BPD)
@@ -336,14 +340,15 @@ class VisionEncoder(nn.Module):
         self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor, valid_BT: torch.Tensor
     ) -> torch.Tensor:
         """Cross-entropy of the captions' tokens, end token included, given the patch tokens; summed."""
-        logits = self.caption_logits(patches_BPD, tokens_BT)[valid_BT]
-        return F.cross_entropy(logits.float(), tokens_BT[valid_BT], reduction="sum")
+        states_ND = self.caption_states(patches_BPD, tokens_BT)[valid_BT]
+        return F.cross_entropy(self.captioner.logits(states_ND).float(), tokens_BT[valid_BT], reduction="sum")
 
     @torch.no_grad()
     def count_right_tokens(self, pixels_B3HW: torch.Tensor, tokens_BT: torch.Tensor, valid_BT: torch.Tensor) -> int:
         """How many of the captions' tokens are the most likely ones, each given the true tokens before it."""
-        guesses_BT = self.caption_logits(self.encode_image(pixels_B3HW).patches_BPD, tokens_BT).argmax(-1)
-        return int(((guesses_BT == tokens_BT) & valid_BT).sum())
+        states_BTD = self.caption_states(self.encode_image(pixels_B3HW).patches_BPD, tokens_BT)
+        guesses_N = self.captioner.logits(states_BTD[valid_BT]).argmax(-1)
+        return int((guesses_N == tokens_BT[valid_BT]).sum())
 
     @torch.no_grad()
     def caption(self, patches_BPD: torch.Tensor, end_id: int) -> list[list[int]]:
@@ -352,7 +357,8 @@ class VisionEncoder(nn.Module):
         x, columns = self.captioner.begin(len(patches_BPD)), []
         ended_B = torch.zeros(len(patches_BPD), dtype=torch.bool, device=patches_BPD.device)
         for position in range(self.config.max_text_len):
-            tokens_B = self.captioner(x, patches_BPD, position, cache)[:, -1].argmax(-1)
+            final_BD = self.captioner(x, patches_BPD, position, cache)[:, -1]
+            tokens_B = self.captioner.logits(final_BD).argmax(-1)
             columns.append(tokens_B)
             ended_B |= tokens_B == end_id
             if bool(ended_B.all()):
