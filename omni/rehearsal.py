@@ -77,7 +77,6 @@ class Rehearsal(Loop):
 
     def step(self) -> None:
         """Fetch and update as :meth:`omni.training_utils.Loop._step` does."""
-        self._train_mode()
         self._set_lr(self.state.step)
         self._update(self._fetch()[0])
         self.state.step += 1

@@ -175,6 +175,7 @@ class Loop:
             self.scaler.load_state_dict(self._training["scaler"])
             stage.stream.load_state_dict(self._training["stream"])
         self._begin_randomness()
+        self._train_mode()
         ranks.same_weights(self.run.model)
         self._training = None
         millions = sum(parameter.numel() for parameter in self.parameters) / 1e6
@@ -200,7 +201,6 @@ class Loop:
         """One update, and whatever is due after it."""
         state, stage = self.state, self.stage
         started = time.perf_counter()
-        self._train_mode()
         set_lr(state.step)
         lr = stage.config.lr * lr_ratio(
             state.step, stage.config.warmup_steps, stage.config.max_steps, stage.config.min_lr_ratio
@@ -354,6 +354,7 @@ class Loop:
         """Evaluate, remember the best, and stop early when the monitor no longer improves."""
         state, config = self.state, self.stage.config
         figures = state.figures[name] = ranks.by_first(self._figures)
+        self._train_mode()
         self.metrics.write({"phase": name, "step": state.step, "event": "val", **figures})
         self.boards.write("val", figures, state.step)
         self.progress.line(state.step, "validation: " + format_figures(figures))

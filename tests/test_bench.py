@@ -54,7 +54,6 @@ def test_the_bare_step_does_what_the_loop_does(config: Path) -> None:
             for name in loop.phases():
                 loop.begin(name)
                 loop._set_lr(0)
-                loop._train_mode()
                 batches, _ = loop._fetch()
                 torch.manual_seed(0)  # of dropout
                 loop.bare() if bare_step else loop._update(batches)
