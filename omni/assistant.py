@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 import torch
 
-from omni.audio import load_audio, log_mel, standard_level
+from omni.audio import load_audio, log_mel, standard_level, trim_silence
 from omni.config import DataConfig, RunConfig, UserError
 from omni.data.dialogue import ChatEncoder, Encoded, Message, TooLongError
 from omni.data.images import load_image
@@ -103,18 +103,17 @@ class Media:
     def add_audio(self, name: str, source: Path | BinaryIO) -> float:
         """Decode a recording; returns its seconds. Raises UserError when it is none or too long."""
         mel = self._model.config.audio_encoder.mel
-        wave = load_audio(source, mel.sample_rate, max_seconds=self._rules.max_audio_seconds, name=name)
-        return self._add_frames(name, wave)
+        limit = self._rules.max_audio_seconds
+        return self.add_wave(name, load_audio(source, mel.sample_rate, False, max_seconds=limit, name=name))
 
     def add_wave(self, name: str, wave: torch.Tensor) -> float:
         """Take samples at the encoder's rate, of any level; returns their seconds."""
-        return self._add_frames(name, standard_level(wave))
-
-    def _add_frames(self, name: str, wave: torch.Tensor) -> float:
         mel = self._model.config.audio_encoder.mel
         if len(wave) < mel.n_fft:
             raise UserError(f"{name}: found {len(wave)} samples, expected a recording of at least {mel.n_fft}")
-        self._frames[name] = log_mel(mel)(wave)
+        # who holds a button to talk begins late and ends late; the recordings of training do not
+        spoken = trim_silence(wave, mel.sample_rate)
+        self._frames[name] = log_mel(mel)(standard_level(spoken if len(spoken) >= mel.n_fft else wave))
         return len(wave) / mel.sample_rate
 
     def frames(self, name: str) -> torch.Tensor:

@@ -10,7 +10,17 @@ import pytest
 import soundfile
 import torch
 
-from omni.audio import MelConfig, forced_align, griffin_lim, load_audio, log_mel, save_wav, spec_augment, warp
+from omni.audio import (
+    MelConfig,
+    forced_align,
+    griffin_lim,
+    load_audio,
+    log_mel,
+    save_wav,
+    spec_augment,
+    trim_silence,
+    warp,
+)
 from omni.config import UserError
 
 
@@ -158,3 +168,18 @@ def test_an_open_file_is_read_as_its_path_is(kind: str, tmp_path: Path) -> None:
     for broken, said in ((data[: len(data) // 2], "what I said: "), (b"", "an empty file"), (b"hello", "begins with")):
         with pytest.raises(UserError, match=said):
             load_audio(io.BytesIO(broken), name="what I said")
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 3e-3])
+def test_silence_at_the_ends_is_trimmed(noise: float) -> None:
+    torch.manual_seed(0)
+    said = 0.3 * torch.sin(torch.arange(8000) / 3) * torch.linspace(0.2, 1, 8000)
+    said[3000:5000] = 0  # a pause stays
+    whole = torch.cat([torch.zeros(6400), said, torch.zeros(4000)])
+    trimmed = trim_silence(whole + noise * torch.randn(len(whole)), 16000)
+    assert abs(len(trimmed) - (8000 + 2 * 960)) <= 2 * 160
+    assert float(trimmed[1200:3000].abs().mean()) > 0.02
+    short = said + noise * torch.randn(8000)
+    assert trim_silence(short, 16000) is not None and len(trim_silence(short, 16000)) >= 8000 - 160
+    assert len(trim_silence(torch.zeros(5000), 16000)) == 5000
+    assert len(trim_silence(said[:100], 16000)) == 100
