@@ -38,7 +38,7 @@ LAYERS = {
     11: ("cli",),
 }  # fmt: skip
 # The micro-world is a room of its own: only omni.data.synthetic is used from outside.
-WORLD = ("chats", "drawing", "espeak", "holdouts", "lexicon", "questions", "recordings", "stories", "world",
+WORLD = ("chats", "drawing", "espeak", "holdouts", "lexicon", "primer", "questions", "recordings", "stories", "world",
          "world_plan")  # fmt: skip
 
 # Folders whose modules may import each other.

@@ -21,7 +21,6 @@ from omni.data.lexicon import (
     ORDINALS,
     PET_NAMES,
     PETS,
-    PICTURE_QUESTIONS,
     ROOMS,
     SHE,
     SOUNDS,
@@ -188,34 +187,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
         return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
-    return chat_document(list(_short_questions(world, rng, kind)))
-
-
-def primer_document(world: World, rng: random.Random) -> str:
-    """Draw a document for the beginning of stage A: several things or people, and much to look up about them.
-
-    Where there is one thing alone it is enough to know what was said; and where all else is to be learned at the same
-    time, a small Thinker loses the heads that look things up before it needs them. Of things in some documents only
-    the places are asked: of two words each, they are learned last, and not at all where they are asked about little.
-    Some others are to be repeated: where every answer is a word or two, the heads that find what followed a word learn
-    to stop there, and later neither text nor recordings can be said again (docs/log.md).
-    """
-    kind = rng.choices(("people", "scene", "places", "echo"), (2, 1, 1, 1))[0]
-    if kind == "echo":
-        return chat_document(echo(world, rng, "train"))
-    if kind != "people":
-        left_out = {"count"} if kind == "scene" else set(PICTURE_QUESTIONS) - {"place", "at_place"}  # the count is easy
-        asked: dict[str, list[Question]] = {}
-        count = ""
-        while not asked or count == NUMBERS[1]:
-            context, everything = written_scene(world, rng, "train")
-            count = everything["count"][0].answer
-            asked = {template: some for template, some in everything.items() if template not in left_out}
-        return chat_document(turns_about(rng, several_questions(rng, asked, 8), context))
-    questions: list[Question] = []
-    while len(questions) <= len(IN_CONTEXT):  # one person
-        questions = [each for some in person_questions(world, rng, IN_CONTEXT).values() for each in some]
-    return chat_document(turns_about(rng, questions))
+    return chat_document(list(short_questions(world, rng, kind)))
 
 
 def _scene_document(world: World, rng: random.Random, split: str) -> str:
@@ -257,7 +229,7 @@ def turns_about(rng: random.Random, questions: list[Question], context: str = ""
     return [(f"{context or chosen[0].context} {turns[0][0]}".strip(), turns[0][1]), *turns[1:]]
 
 
-def _short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tuple[str, str]]:
+def short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tuple[str, str]]:
     """Yield turns about numbers or closed facts."""
     for _ in range(rng.randint(5, 8)):
         if kind == "numbers":

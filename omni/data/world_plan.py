@@ -11,12 +11,12 @@ from typing import Any
 
 from omni.data.chats import Chats, Picture, unit
 from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
+from omni.data.primer import LESSONS, MIXTURE, Lessons, lesson_at, primer_document
 from omni.data.recordings import Recorder, Recording, turns_of
 from omni.data.stories import (
     document,
     free_sentence,
     grammar_sentence,
-    primer_document,
     unheard_sentence,
     units,
 )
@@ -53,6 +53,7 @@ class Size:
     judge: int = 0  # recordings of a recognizer that only grades speech output
     free_words: int = 0  # words of free speech; 0: the whole lexicon
     voices: int = 48
+    lessons: Lessons = MIXTURE  # of the primer
 
 
 _TEST = Size(
@@ -62,7 +63,7 @@ _TEST = Size(
     text_qa=30, text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
 )  # fmt: skip
 _NANO = Size(
-    text_bytes=2_500_000, primer_bytes=1_500_000,
+    text_bytes=2_500_000, primer_bytes=3_600_000, lessons=LESSONS,
     images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
     asr_grammar=2_600, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
     image_speech_qa=400, picture_recordings=200, asr=2_000, text_qa=1_500, text_chat=300, speech_out=200,
@@ -314,8 +315,10 @@ def _documents(plan: Plan, split: str, num_bytes: int) -> list[str]:
     documents: list[str] = []
     total = 0
     while total < num_bytes:
-        primer = split == "primer"
-        text = primer_document(plan.world, rng) if primer else document(plan.world, rng, split)
+        if split == "primer":
+            text = primer_document(plan.world, rng, lesson_at(plan.size.lessons, total / num_bytes))
+        else:
+            text = document(plan.world, rng, split)
         if text in others or (split in ("train", "primer") and units(text) & plan.avoid):
             continue
         documents.append(text)
