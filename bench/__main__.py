@@ -7,6 +7,7 @@ the same lengths where they are not.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import subprocess
@@ -22,14 +23,19 @@ MISSING = bare.fill_in()
 
 import torch  # noqa: E402
 
-from bench.measure import Timed, foretold, matmul_peak, measure_stage, request_of  # noqa: E402
+from bench.measure import (  # noqa: E402
+    foretold,
+    largest_batch,
+    matmul_peak,
+    measure_stage,
+    request_of,
+    timed_loop,
+)
 from omni.config import RunConfig, UserError  # noqa: E402
 from omni.console import log, user_errors  # noqa: E402
 from omni.plan_view import size_text  # noqa: E402
-from omni.rehearsal import rehearsal  # noqa: E402
 from omni.runtime import pick_precision, setup_compute  # noqa: E402
 from omni.stages import STAGES, stage_of_config  # noqa: E402
-from omni.stand_ins import Wanted  # noqa: E402
 
 
 def main() -> int:
@@ -105,7 +111,7 @@ def measure_one(path: Path, words: argparse.Namespace) -> dict[str, Any]:
             found["peers"] = measure_peers(path, precision, words.seconds)
         except (ImportError, UserError) as error:
             found["left_out"].append(f"no peer: {error}")
-    if device.type == "cuda":
+    if device.type == "cuda" and not words.compile:  # compiled, there is no plan to hold it against
         found["memory"] = foretold(path, precision)
     return found
 
@@ -115,8 +121,6 @@ def measure_peers(path: Path, precision: Any, seconds: float) -> list[dict[str, 
 
     At equal settings both take AdamW; beside a peer with its defaults ours has its own, the optimizer included.
     """
-    import dataclasses
-
     from bench.peers import PEERS, measure_peer, measure_trainer
 
     request, found = request_of(path), list[dict[str, Any]]()
@@ -124,16 +128,8 @@ def measure_peers(path: Path, precision: Any, seconds: float) -> list[dict[str, 
     if peer is None:
         return []
     request.values["data"].update(peer.data)
-    most = max(
-        values["batch_size"] for values in request.values.values() if isinstance(values, dict) and "lr" in values
-    )
     for measure, changes in ((measure_peer, {"optimizer": "adamw"}), (measure_trainer, {})):
-        with rehearsal(
-            request, precision, lambda phase, other=changes: dataclasses.replace(phase, max_steps=10**6, **other),
-            Wanted(max(512, 2 * most), longest=False), Timed,
-        ) as loop:  # fmt: skip
-            assert isinstance(loop, Timed)
-            loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
+        with timed_loop(request, precision, max(512, 2 * largest_batch(request)), **changes) as loop:
             for name in loop.phases():
                 if name == "train":  # a phase before it takes the same steps on other data
                     if peer.loss is not None:

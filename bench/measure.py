@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,18 @@ class Timed(Rehearsal):
         return int(counted.get_total_flops())
 
 
+@contextlib.contextmanager
+def timed_loop(request: Request, precision: Precision, num: int, **changes: Any) -> Iterator[Timed]:
+    """A stage on ``num`` samples, to be timed: it neither ends nor validates nor saves; ``changes`` to its phases."""
+    with rehearsal(
+        request, precision, lambda phase: dataclasses.replace(phase, max_steps=10**6, **changes),
+        Wanted(num, longest=False), Timed,
+    ) as loop:  # fmt: skip
+        assert isinstance(loop, Timed)
+        loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
+        yield loop
+
+
 def measure_stage(
     path: Path, precision: Precision, seconds: float, peak: float, num: int = 0, compiled: bool = False
 ) -> list[dict[str, Any]]:
@@ -135,16 +149,8 @@ def measure_stage(
         compiled: whether its blocks learn through ``torch.compile``.
     """
     request = request_of(path, compiled)
-    most = max(values["batch_size"] for values in request.values.values() if _is_phase(values))
-
-    def change(phase: PhaseConfig) -> PhaseConfig:
-        return dataclasses.replace(phase, max_steps=10**6)
-
-    found = []
-    wanted = Wanted(num or max(2 * most, min(4000, 50 * most)), longest=False)
-    with rehearsal(request, precision, change, wanted, Timed) as loop:
-        assert isinstance(loop, Timed)
-        loop.options = dataclasses.replace(loop.options, val_freq=10**9, checkpoint_freq=10**9)
+    most, found = largest_batch(request), []
+    with timed_loop(request, precision, num or max(2 * most, min(4000, 50 * most))) as loop:
         for name in loop.phases():
             loop.begin(name)
             found.append({"config": path.stem, "phase": name} | _measure_phase(loop, seconds, peak))
@@ -152,8 +158,11 @@ def measure_stage(
     return found
 
 
-def _is_phase(values: Any) -> bool:
-    return isinstance(values, dict) and "batch_size" in values
+def largest_batch(request: Request) -> int:
+    """The most samples that one of its phases takes at a time."""
+    return max(
+        part["batch_size"] for part in request.values.values() if isinstance(part, dict) and "batch_size" in part
+    )
 
 
 def _measure_phase(loop: Timed, seconds: float, peak: float) -> dict[str, Any]:
@@ -198,14 +207,13 @@ def foretold(path: Path, precision: Precision) -> list[dict[str, Any]]:
     """Peak memory of every phase as a plan foretells it, and as it is with the whole batch; on CUDA."""
     request = request_of(path)
     counted = [count(request, precision, "cuda", size) for size in request.batch_sizes]
-    most = max(values["batch_size"] for values in request.values.values() if _is_phase(values))
 
     def change(phase: PhaseConfig) -> PhaseConfig:
         steps = min(2, phase.gradient_accumulation_steps)
         return dataclasses.replace(phase, gradient_accumulation_steps=steps, max_steps=10)
 
     found, device = [], precision.device
-    with rehearsal(request, precision, change, Wanted(2 * most, longest=True)) as loop:
+    with rehearsal(request, precision, change, Wanted(2 * largest_batch(request), longest=True)) as loop:
         for name in loop.phases():
             points = tuple(item[name] for item in counted)
             cost = PhaseCost(name, points, points, 0)

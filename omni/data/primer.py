@@ -6,15 +6,8 @@ import random
 from collections.abc import Mapping
 
 from omni.data.lexicon import NUMBERS, PICTURE_QUESTIONS
-from omni.data.questions import (
-    ARITHMETIC,
-    IN_CONTEXT,
-    Question,
-    arithmetic_statement,
-    person_questions,
-    written_scene,
-)
-from omni.data.stories import chat_document, echo, several_questions, short_questions, turns_about
+from omni.data.questions import IN_CONTEXT, Question, person_questions, written_scene
+from omni.data.stories import chat_document, echo, several_questions, short_questions, stated_sums, turns_about
 from omni.data.world import World
 
 # (how much of the text, how often each kind of document in it), one lesson after another
@@ -22,12 +15,13 @@ Lessons = tuple[tuple[float, Mapping[str, float]], ...]
 
 # All at a time. Of several things only the places are asked in some documents: of two words each, they are learned
 # last, and not at all where they are asked about little.
-MIXTURE: Lessons = ((1.0, {"people": 2, "scene": 1, "places": 1, "echo": 1}),)
+_LOOKING_UP = {"people": 2, "scene": 1, "places": 1, "echo": 1}
+MIXTURE: Lessons = ((1.0, _LOOKING_UP),)
 # What is learned alone is learned soon, and keeps if some of what follows asks for it. A Thinker of size nano never
 # learns sums while it learns all else (0.1 to 0.25 of those held out right), but in 300 steps of nothing else (0.9).
 # Looking up comes first: after numbers it is not learned any more (docs/log.md).
 LESSONS: Lessons = (
-    (0.5, MIXTURE[0][1]),
+    (0.5, _LOOKING_UP),
     (0.5, {"numbers": 4, "people": 1, "scene": 0.5, "places": 0.5, "echo": 0.5}),
 )
 _PLACES = {"place", "at_place"}
@@ -55,7 +49,7 @@ def primer_document(world: World, rng: random.Random, kinds: Mapping[str, float]
     if kind == "echo":
         return chat_document(echo(world, rng, "train"))
     if kind == "numbers" and rng.random() < 0.3:
-        return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
+        return stated_sums(world, rng)
     if kind == "numbers":
         return chat_document(list(short_questions(world, rng, "numbers")))
     if kind == "people":

@@ -184,7 +184,7 @@ def document(world: World, rng: random.Random, split: str) -> str:
     if kind == "talk":
         return chat_document(talk(world, rng, "greeting") + talk(world, rng, "small_talk"))
     if kind == "sums":
-        return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
+        return stated_sums(world, rng)
     if kind == "facts":
         return " ".join(fact_statement(world, rng, "train") for _ in range(rng.randint(3, 5)))
     return chat_document(list(short_questions(world, rng, kind)))
@@ -227,6 +227,11 @@ def turns_about(rng: random.Random, questions: list[Question], context: str = ""
     chosen = rng.sample(questions, len(questions))
     turns = [(question.text, question.answer) for question in chosen]
     return [(f"{context or chosen[0].context} {turns[0][0]}".strip(), turns[0][1]), *turns[1:]]
+
+
+def stated_sums(world: World, rng: random.Random) -> str:
+    """State sums and differences, one after another."""
+    return " ".join(arithmetic_statement(world, rng, rng.choice(ARITHMETIC), "train") for _ in range(20))
 
 
 def short_questions(world: World, rng: random.Random, kind: str) -> Iterator[tuple[str, str]]:

@@ -115,7 +115,6 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         frequencies = theta**-exponents
         # the first half turns the other way, which only the sine notices
