@@ -166,7 +166,7 @@ def _count_phase(small: Rehearsal) -> Point:
             return terms
 
         small.stage.compute_loss = watched
-        _forget_peak()
+        forget_peak()
         small.step()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -181,7 +181,7 @@ def _count_phase(small: Rehearsal) -> Point:
     return Point(
         batch_size=small.stage.config.batch_size,
         weights=weights, gradients=gradients, optimizer=state, activations=activations, peak=peak,
-        resident=_peak_resident(), flops=flops.get_total_flops() / num_micro,
+        resident=peak_resident(), flops=flops.get_total_flops() / num_micro,
         trained=sum(item.numel() for item in small.parameters),
     )  # fmt: skip
 
@@ -200,13 +200,13 @@ def _num_bytes(value: Any) -> int:
     return sum(map(_num_bytes, items))
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the system count this process's peak anew; where it cannot, the peak so far stands."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """The most memory that this process has had, in bytes."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

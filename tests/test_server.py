@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import resource
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from omni.assistant import Assistant, Media
 from omni.cli import main
 from omni.data.dialogue import Encoded
 from omni.generate import AnswerSettings, Generation
+from omni.rehearsal import forget_peak, peak_resident
 from omni.server.guard import Guard, Limits
 from omni.server.sounds import RAW_RATE, RawStream
 from tests import toy_omni
@@ -456,9 +456,10 @@ def test_fifty_at_once_answer_like_one_after_the_other(assistant: Assistant) -> 
 
     with serving(assistant) as (port, app), ThreadPoolExecutor(50) as pool:
         serial = [answer(number) for number in range(50)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        forget_peak()
+        before = peak_resident()
         assert list(pool.map(answer, range(50))) == serial
-        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 150  # MiB
+        assert (peak_resident() - before) / 2**20 < 150  # MiB
         assert len(set(serial)) > 25
         wait_for(lambda: app.worker.num_requests == 0 == app.held_bytes)
 
