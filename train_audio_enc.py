@@ -34,6 +34,7 @@ class SpeechData(RowsDataConfig):
     test: str | None = None  # seen voices, unseen sentences; for `omni eval`
     test_voices: str | None = None  # unseen voices
     spec_augment: bool = True
+    noise: float = 0.0  # the share of recordings that are heard with noise, and with more silence at the ends
     warp: float = 0.0  # up to this share longer or shorter, higher or lower: for few recordings, or few voices
 
     def problems(self) -> Iterator[Problem]:
@@ -41,6 +42,8 @@ class SpeechData(RowsDataConfig):
         yield from super().problems()
         if not 0 <= self.warp < 0.5:
             yield Problem("warp", str(self.warp), "a share from 0 to below 0.5")
+        if not 0 <= self.noise <= 1:
+            yield Problem("noise", str(self.noise), "a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,9 @@ def build(config: AudioConfig, precision: Precision) -> Run:
 
     def train() -> Stage:
         steps, mel, data = encoder.num_steps, config.model.mel, config.data
-        training = Transcribed(parts.training, mel, steps, Augmentation(data.spec_augment, data.warp), "training", data)
+        training = Transcribed(
+            parts.training, mel, steps, Augmentation(data.spec_augment, data.warp, data.noise), "training", data
+        )
         validation = Transcribed(parts.validation, mel, steps, Augmentation(), "validation", data)
 
         def evaluate(model: AudioEncoder) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import soundfile
 import torch
 
 from omni.audio import (
+    SILENCE,
     MelConfig,
+    add_noise,
     forced_align,
     griffin_lim,
     load_audio,
@@ -144,6 +147,24 @@ def test_warping_stretches_in_time_and_frequency() -> None:
     assert torch.equal(frames, kept) and min(sizes) == 90 and 110 < max(sizes) <= 120
     assert 25 <= min(bands) <= 26 and 35 <= max(bands) <= 38
     assert torch.allclose(warp(frames, np.random.default_rng(0), 0.0, least=0), frames)
+
+
+def test_noise_lies_below_speech_and_between_it() -> None:
+    mel = MelConfig()
+    front = log_mel(mel)
+    loud = front(0.3 * torch.randn(16000, generator=torch.Generator().manual_seed(0)))
+    frames = torch.cat([loud, torch.full((50, mel.num_mels), SILENCE), loud])
+    kept, sizes, levels = frames.clone(), set(), []
+    for seed in range(40):
+        found = add_noise(frames, np.random.default_rng(seed), mel)
+        assert torch.equal(found, add_noise(frames, np.random.default_rng(seed), mel))
+        begin = int((found.mean(1) > 0.6).nonzero()[0])  # the first loud frame
+        assert torch.allclose(found[begin + 5 : begin + 95], frames[5:95], atol=0.1)
+        gap = front.magnitudes(found[begin + 105 : begin + 145]).square().mean().sqrt()
+        levels.append(20 * math.log10(float(gap / front.magnitudes(loud).square().mean().sqrt()) * 0.3 / 0.08))
+        sizes.add(len(found) - len(frames))
+    assert -62 < min(levels) < -52 and -28 < max(levels) < -17, levels  # dB beside the standard level of speech
+    assert torch.equal(frames, kept) and 0 <= min(sizes) < 20 and 40 < max(sizes) <= 60
 
 
 def test_forced_alignment_finds_the_symbols() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import train_audio_enc
-from omni.audio import MelConfig
+from omni.audio import SILENCE, MelConfig
 from omni.config import RowsDataConfig, UserError
 from omni.data.parts import read_parts
 from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_manifest, scan_speech_manifest
 from omni.evaluate.audio_enc import infeasible, recognize
 from omni.load import load_audio_encoder
+from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.tokenizer import needed_steps
 from tests.conftest import RunStage, metrics
 from tests.forked import start_module
@@ -126,6 +127,33 @@ def test_warped_utterances_still_hold_their_text(babble: Path) -> None:
         shortest.append(min(sizes) // each == needed)
     assert any(shortest)  # the limit was met
     assert torch.equal(found.sample(0, None)[0], found.recordings.frames(0))  # not in validation
+
+
+def test_a_share_of_the_recordings_is_heard_with_noise(babble: Path) -> None:
+    found = Transcribed(
+        read_speech_manifest(babble / "asr.csv"),
+        MelConfig(),
+        lambda frames: frames,
+        Augmentation(noise=0.5),
+        "training",
+    )
+    plain = found.recordings.frames(0)
+    changed = [not torch.equal(found.sample(0, np.random.default_rng(seed))[0], plain) for seed in range(60)]
+    assert 15 < sum(changed) < 45
+    assert torch.equal(found.sample(0, None)[0], plain)  # not in validation
+
+
+@torch.no_grad()
+def test_silence_around_speech_does_not_change_what_speech_looks_like() -> None:
+    encoder = AudioEncoder(AudioEncoderConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32)).eval()
+    seen: list[torch.Tensor] = []
+    encoder.convolutions[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    speech = torch.randn(40, 80, generator=torch.Generator().manual_seed(0))
+    silence = torch.full((60, 80), SILENCE)
+    for frames in (speech, torch.cat([silence, speech, silence])):
+        encoder(frames[None], torch.tensor([len(frames)]))
+    assert torch.allclose(seen[0], seen[1][60:100], atol=1e-3)
+    assert torch.isfinite(encoder(silence[None], torch.tensor([60])).log_probs_BSV).all()
 
 
 def test_utterances_too_short_for_their_text_are_counted(

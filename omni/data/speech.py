@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from omni.audio import MelConfig, load_audio, log_mel, recording_seconds, spec_augment, warp
+from omni.audio import MelConfig, add_noise, load_audio, log_mel, recording_seconds, spec_augment, warp
 from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, Manifest, Row, manifest_of, scan_csv, settle
 from omni.data.stream import Batch, pad_to
@@ -124,10 +124,17 @@ def read_speech_manifest(path: str | Path, rules: DataConfig = RULES) -> list[Ro
 
 
 class Augmentation(NamedTuple):
-    """How training changes what it hears: masked bands (SpecAugment), and the share by which frames are warped."""
+    """How training changes what it hears.
+
+    Attributes:
+        masks: whether bands are masked (SpecAugment).
+        warp: by which share frames are stretched at most.
+        noise: the share of recordings that are heard with noise.
+    """
 
     masks: bool = False
     warp: float = 0.0
+    noise: float = 0.0
 
 
 class Transcribed:
@@ -185,6 +192,8 @@ class Transcribed:
         frames, symbols = self.recordings.frames(index), self.symbols[index]
         if rng is not None and self.augment.warp:
             frames = warp(frames, rng, self.augment.warp, self._least_frames(index))
+        if rng is not None and self.augment.noise and rng.random() < self.augment.noise:
+            frames = add_noise(frames, rng, self.recordings.mel)
         if rng is not None and self.augment.masks:
             frames = spec_augment(frames, rng, num_masks=2, width=16)
         return frames, symbols, str(self.recordings.rows[index].values["text"])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omni.audio import MelConfig
+from omni.audio import MelConfig, log_mel
 from omni.config import Problem
 from omni.models.ctc import ctc_sum
 from omni.models.layers import (
@@ -120,8 +120,11 @@ class AudioEncoder(nn.Module):
         """
         valid_BT = padding_mask(num_frames_B, frames_BFM.shape[1])
         num_states_B = num_frames_B
-        # the mean spectrum of an utterance is its voice and its microphone, not its words
-        mean_B1M = (frames_BFM * valid_BT[..., None]).sum(1, keepdim=True) / num_frames_B[:, None, None]
+        # the mean spectrum of an utterance is its voice and its microphone, not its words; frames count by their
+        # loudness, so that silence around speech does not change what speech looks like
+        loudness_BF = log_mel(self.config.mel).magnitudes(frames_BFM).mean(dim=-1) * valid_BT
+        share_BF1 = (loudness_BF / loudness_BF.sum(dim=1, keepdim=True).clamp(min=1e-5))[..., None]
+        mean_B1M = (frames_BFM * share_BF1).sum(dim=1, keepdim=True)
         x = frames_BFM - mean_B1M
         for convolution in self.convolutions:
             # zero what is padding before every convolution, so that padding changes nothing
