@@ -224,7 +224,9 @@ def plan(size: str, folder: RunFolder) -> list[Step]:
         command = [sys.executable, str(_script(stage)), "--config", str(stage.config_path(size))]
         title = f"stage {stage.letter}, {stage.title}"
         complete = _stage_check(stage, size, values)
-        needs = ("data", *(stage_of(kind).prefix for kind in stage.needs))
+        needs = ("data", *(stage_of(kind).prefix for kind in stage.needs_of(values)))
+        if stage is STAGES[-1]:  # with all cores to itself: nothing could be done beside it for long
+            needs = tuple(step.name for step in steps)
         divisible = not values.get("run", {}).get("num_threads")
         made_from = _hash_of(stage, size)
         steps.append(
@@ -274,7 +276,7 @@ def stage_is_complete(stage: StageInfo, size: str, values: dict[str, Any]) -> bo
     path = stage.checkpoint(size)
     try:
         summary = read_summary(path)
-        inputs = {kind: fingerprint(stage_of(kind).checkpoint(size)) for kind in stage.needs}
+        inputs = {kind: fingerprint(stage_of(kind).checkpoint(size)) for kind in stage.needs_of(values)}
     except DamagedCheckpointError as error:
         print(error)
         return False

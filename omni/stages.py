@@ -6,7 +6,8 @@ The scripts know nothing of one another; this table is what the ``omni`` command
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class StageInfo:
         needs: kinds of the stages whose checkpoints it is built on.
         figures: the objects of ``omni eval --json`` that come from it.
         title: what it trains, in a few words.
+        options: kinds among ``needs`` that it does without unless this key of its configuration is true.
     """
 
     letter: str
@@ -34,6 +36,11 @@ class StageInfo:
     needs: tuple[str, ...]
     figures: tuple[str, ...]
     title: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def needs_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """What it needs of other stages as it is configured."""
+        return tuple(kind for kind in self.needs if kind not in self.options or values.get(self.options[kind]))
 
     def config_path(self, size: str) -> Path:
         """Its shipped configuration of a size."""
@@ -63,7 +70,7 @@ STAGES = (
     StageInfo("C", "train_vision.py", "vision", "vision", ("thinker",), ("vision",), "vision encoder: seeing"),
     StageInfo(
         "D", "train_talker.py", "talker", "talker", ("thinker", "audio_enc"), ("codec", "talker"),
-        "codec, vocoder, Talker: speaking",
+        "codec, vocoder, Talker: speaking", {"thinker": "use_thinker_states"},
     ),
     StageInfo(
         "E", "sft_omni.py", "omni_sft", "omni", ("thinker", "audio_enc", "vision", "talker"), ("omni",),
@@ -106,7 +113,7 @@ def stage_of_config(path: Path, values: dict[str, Any]) -> StageInfo:
 
 def stages_of(size: str) -> tuple[StageInfo, ...]:
     """The stages of a size in the order of training, with the judge where the size has a configuration for it."""
-    return (*STAGES, JUDGE) if JUDGE.config_path(size).exists() else STAGES
+    return (*STAGES[:-1], JUDGE, STAGES[-1]) if JUDGE.config_path(size).exists() else STAGES
 
 
 def read_raw_config(path: Path) -> dict[str, Any]:

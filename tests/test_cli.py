@@ -19,7 +19,7 @@ from omni.config import UserError
 from omni.evaluate import suite
 from omni.report import results_table
 from omni.run import stage_is_complete
-from omni.stages import STAGES, StageInfo, read_raw_config
+from omni.stages import STAGES, StageInfo, read_raw_config, stage_of
 from omni.summary import read_summary
 from tests.conftest import ROOT, RunStage, command
 
@@ -235,15 +235,29 @@ def test_finished_stage_is_recognized_by_its_summary(
 
 def test_what_a_stage_did_without_makes_it_no_less_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = next(stage for stage in STAGES if stage.kind == "talker")
-    lineage = {"thinker": None, "audio_enc": "now"}
-    monkeypatch.setattr(run, "read_summary", lambda path: {"lineage": lineage, "config": {"name": "talker_x"}})
+    lineage: dict[str, str | None] = {"thinker": None, "audio_enc": "now"}
+    values = {"name": "talker_x", "use_thinker_states": True}
+    monkeypatch.setattr(run, "read_summary", lambda path: {"lineage": lineage, "config": values})
     monkeypatch.setattr(run, "fingerprint", lambda path: "now")
     monkeypatch.setattr(StageInfo, "checkpoint", lambda stage, size: Path(f"{stage.kind}.pt"))
-    assert stage_is_complete(stage, "x", {"name": "talker_x"})
+    assert stage_is_complete(stage, "x", values)
     for kind in ("audio_enc", "thinker"):
         monkeypatch.setitem(lineage, kind, "before")
-        assert not stage_is_complete(stage, "x", {"name": "talker_x"})
+        assert not stage_is_complete(stage, "x", values)
         monkeypatch.setitem(lineage, kind, "now")
+
+
+def test_a_stage_waits_only_for_what_its_configuration_uses(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small)
+    path = stage_of("talker").config_path("test")
+    for use, needs in ((False, ("data", "audio_enc")), (True, ("data", "thinker", "audio_enc"))):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_thinker_states": use}))
+        steps = {step.name: step for step in run.plan("test", run.RunFolder.open("test"))}
+        assert steps["talker"].needs == needs
+        assert set(steps["omni_sft"].needs) == {"data", "thinker", "audio_enc", "vision", "talker"}
+    Path("configs/judge_test.json").write_text('{"name": "judge_test"}')
+    found = run.plan("test", run.RunFolder.open("test"))
+    assert [step.name for step in found[5:7]] == ["judge", "omni_sft"] and "judge" in found[6].needs
 
 
 def test_a_checkpoint_without_a_configuration_of_its_own_is_found(
