@@ -263,7 +263,7 @@ class Assistant:
     def _speaker(self, voice: Voice) -> torch.Tensor:
         if voice.reference_FM is not None:
             return embed_speakers(self.model.speech, [voice.reference_FM])[0]
-        return self.model.speech.voice(self.voices[0] if voice.name is None else voice.name)
+        return self.model.speech.voice(voice.name)
 
     def transcribe(self, frames_FM: torch.Tensor) -> str:
         """What the audio encoder hears in a recording, given as log-mel frames."""

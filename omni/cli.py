@@ -129,7 +129,7 @@ def _add_talking(commands: Any) -> None:
     speak = commands.add_parser("speak", help="speak a text into a WAV file")
     speak.add_argument("text", metavar="TEXT", help="what to say")
     speak.add_argument("--out", type=Path, required=True, metavar="FILE.wav")
-    speak.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
+    speak.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the clearest")
     speak.add_argument("--reference", type=Path, metavar="FILE", help="a recording whose voice to take instead")
     speak.add_argument("--size", default="nano", help="whose talker.pt: that of configs/talker_<size>.json (nano)")
     speak.add_argument("--checkpoint", type=Path, metavar="FILE", help="a talker.pt or omni.pt instead")
@@ -140,7 +140,7 @@ def _add_talking(commands: Any) -> None:
     chat = commands.add_parser("chat", help="talk to it in the terminal: text, pictures, recordings")
     _add_omni(chat)
     chat.add_argument("--speak", action="store_true", help="answer aloud as well")
-    chat.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the first")
+    chat.add_argument("--voice", metavar="NAME", help="a speaker of the training data; by default the clearest")
     chat.add_argument(
         "--out", type=Path, metavar="DIR", help="write spoken answers as WAV files instead of playing them"
     )

@@ -83,14 +83,14 @@ def say_to_file(checkpoint: Path, request: Request, out: Path) -> str:
     except (RuntimeError, OSError) as error:
         raise UserError(f"--out: {out}: cannot be written ({error})") from None
     seconds = len(spoken.wave) / rate
-    voice = request.reference or request.voice or speech.config.voices[0] or "the only one"
+    voice = request.reference or request.voice or speech.default_voice or "the only one"
     return f"{out}: {seconds:.2f} s, voice {voice}, made in {elapsed:.2f} s ({elapsed / seconds:.2f} of its length)"
 
 
 def _voice(speech: SpeechModel, request: Request) -> torch.Tensor:
     """The embedding [E] of the voice that is asked for."""
     if request.reference is None:
-        return speech.voice(speech.config.voices[0] if request.voice is None else request.voice)
+        return speech.voice(request.voice)
     if request.voice is not None:
         raise UserError("--voice and --reference: found both, expected one of them")
     mel = speech.config.mel

@@ -12,7 +12,7 @@ from omni.alignment import align, codes_and_embeddings, mean_embeddings, sentenc
 from omni.config import PhaseConfig, RunConfig
 from omni.data.stream import BatchStream, ordered_batches
 from omni.data.voices import SentenceBatch, Sentences, Voices
-from omni.evaluate.speech_validation import grade_samples, validate_talker
+from omni.evaluate.speech_validation import clearest_voice, grade_samples, validate_talker
 from omni.generate_speech import Mind
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.quantizer import neighbour_shares
@@ -62,6 +62,9 @@ def talker_stage(
         return {"codes": losses.codes, "stop": losses.stop, "durations": losses.durations}
 
     def evaluate(model: Any) -> dict[str, float]:
+        if len(speech.config.voices) > 1:
+            texts = map(voices[1].text, range(len(voices[1])))
+            speech.clearest.fill_(clearest_voice(speech, encoder, texts, mind))
         batches = (batch.to(speech.device) for batch in ordered_batches(parts[1], 16, run.val_batches))
         return validate_talker(speech, batches) | grade_samples(speech, encoder, voices[1], mind, val_sentences)
 

@@ -17,11 +17,12 @@ from omni.audio import SILENCE, MelConfig, log_mel
 from omni.config import Problem
 from omni.data.speech import read_speech_manifest
 from omni.data.voices import Voices
-from omni.evaluate import audio_enc
+from omni.evaluate import audio_enc, speech_validation
 from omni.evaluate.audio_enc import hear, hear_recordings
 from omni.evaluate.codec import codec_figures
 from omni.evaluate.sample_speech import show_speaking
 from omni.evaluate.speech_errors import mel_cepstral_distortion, slips
+from omni.evaluate.speech_validation import clearest_voice
 from omni.evaluate.talker import Graders, SpeechSets, talker_figures
 from omni.generate_speech import speak
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
@@ -246,3 +247,28 @@ def test_speech_at_24_khz_streams_as_well() -> None:
     assert float((streamed - whole.wave).abs().max()) <= 1e-3 * float(whole.wave.abs().max())
     silence = log_mel(WIDE)(torch.zeros(24000))
     assert len(silence) == 100 and float(silence.mean()) == pytest.approx(SILENCE, abs=1e-4)
+
+
+def test_the_voice_that_is_understood_best_speaks_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = speech_model(), list[str]()
+    with torch.no_grad():
+        model.voices_NE.copy_(torch.randn(2, 8))
+
+    def hears_bob(encoder: Any, waves: list[torch.Tensor], rate: int) -> list[str]:
+        half = len(said) // 2
+        return ["x" * len(text) for text in said[:half]] + said[half:]
+
+    def notes(model: SpeechModel, texts: list[str], speaker_BE: torch.Tensor, mind: Any) -> Any:
+        said.extend(texts)
+        half = len(texts) // 2
+        assert torch.equal(speaker_BE, model.voices_NE.repeat_interleave(half, 0))
+        return speak(model, texts, speaker_BE, mind)
+
+    monkeypatch.setattr(speech_validation, "hear", hears_bob)
+    monkeypatch.setattr(speech_validation, "speak", notes)
+    texts = ["a red cup.", "yes.", "?", "yes.", *(f"this is far too long for number {'o' * n}" for n in range(12))]
+    assert (model.default_voice, clearest_voice(model, recognizer(), texts, None)) == ("ann", 1)
+    assert said[:2] == ["yes.", "a red cup."] and len(said) == 24
+    model.clearest.fill_(1)
+    assert model.default_voice == "bob" and torch.equal(model.voice(None), model.voice("bob"))
+    assert "clearest" in model.state_dict()  # a checkpoint knows it

@@ -103,9 +103,9 @@ def prior(chats: Sequence[Chat]) -> Figure:
 
 
 def say(model: OmniModel, tokenizer: Tokenizer, texts: Sequence[str]) -> list[torch.Tensor]:
-    """Waveforms of texts in the model's first voice, durations and codes predicted; silence for an empty text."""
+    """Waveforms of texts in the model's clearest voice, durations and codes predicted; silence for an empty text."""
     speech = model.speech
-    voice_1E = speech.voice(speech.config.voices[0])[None]
+    voice_1E = speech.voice(None)[None]
     spoken = [index for index, text in enumerate(texts) if spoken_text(text)]
     waves = [torch.zeros(speech.config.mel.sample_rate) for _ in texts]
     found = speak(

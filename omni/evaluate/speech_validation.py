@@ -9,7 +9,7 @@ import torch
 from omni.data.voices import CropBatch, PairBatch, SentenceBatch, Voices, WaveBatch
 from omni.evaluate.audio_enc import hear
 from omni.evaluate.talker import speak_again
-from omni.generate_speech import Mind
+from omni.generate_speech import Mind, speak
 from omni.metrics import character_error_rate
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.quantizer import code_usage
@@ -17,6 +17,9 @@ from omni.models.speaker import speaker_loss_sum
 from omni.models.speech import SpeechModel
 from omni.models.talker import talker_losses
 from omni.models.vocoder import spectral_loss_sum
+from omni.speech_text import spoken_words
+
+_NUM_SHORT = 12  # texts that every voice says
 
 
 def validate_codec(model: SpeechModel, batches: Iterable[CropBatch]) -> dict[str, float]:
@@ -83,6 +86,20 @@ def validate_talker(model: SpeechModel, batches: Iterable[SentenceBatch]) -> dic
         "base_accuracy": accuracy[0], "residual_accuracy": sum(accuracy[1:]) / max(1, len(accuracy) - 1),
         "duration_error": wrong / words,
     }  # fmt: skip
+
+
+def clearest_voice(model: SpeechModel, encoder: AudioEncoder, texts: Iterable[str], mind: Mind | None) -> int:
+    """The training voice in which the shortest of some texts are understood best.
+
+    What is short, as most answers are, lacks the context that would help to understand it.
+    """
+    shortest = sorted(set(filter(spoken_words, texts)), key=lambda text: (len(text), text))[:_NUM_SHORT]
+    each = [(voice, text) for voice in range(len(model.config.voices)) for text in shortest]
+    spoken = speak(model, [text for _, text in each], model.voices_NE[[voice for voice, _ in each]], mind)
+    heard = hear(encoder, [item.wave for item in spoken], model.config.mel.sample_rate)
+    num = len(shortest)
+    errors = [character_error_rate(shortest, heard[at : at + num]).value for at in range(0, len(each), num)]
+    return errors.index(min(errors))
 
 
 def grade_samples(

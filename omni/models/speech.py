@@ -44,9 +44,15 @@ class SpeechConfig:
 
 
 class SpeechModel(nn.Module):
-    """Codec, vocoder, speaker encoders and Talker. ``voices_NE`` holds the mean embedding of each training speaker."""
+    """Codec, vocoder, speaker encoders and Talker.
+
+    Attributes:
+        voices_NE: the mean embedding of each training speaker.
+        clearest: which of them is understood best, and speaks where none is asked for.
+    """
 
     voices_NE: torch.Tensor
+    clearest: torch.Tensor
 
     def __init__(self, config: SpeechConfig) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class SpeechModel(nn.Module):
         num_codebooks = config.talker.num_codebooks or quantizer.num_codebooks
         self.talker = Talker(config.talker, num_codebooks, quantizer.codebook_size, config.speaker.embedding_dim)
         self.register_buffer("voices_NE", torch.zeros(len(config.voices), config.speaker.embedding_dim))
+        self.register_buffer("clearest", torch.zeros((), dtype=torch.long))
 
     @property
     def device(self) -> torch.device:
@@ -88,12 +95,19 @@ class SpeechModel(nn.Module):
         """What the codec's codes carry at most."""
         return self.config.codec.quantizer.bits_per_frame * self.code_rate
 
-    def voice(self, name: str) -> torch.Tensor:
-        """The embedding [E] of a voice of the training data.
+    @property
+    def default_voice(self) -> str:
+        """The name of the clearest voice."""
+        return self.config.voices[int(self.clearest)]
+
+    def voice(self, name: str | None) -> torch.Tensor:
+        """The embedding [E] of a voice of the training data; of None, the clearest one.
 
         Raises:
             UserError: listing the voices.
         """
+        if name is None:
+            return self.voices_NE[self.clearest]
         if name not in self.config.voices:
             raise UserError(f"voice: found {name!r}, expected one of {', '.join(self.config.voices)}")
         return self.voices_NE[self.config.voices.index(name)]
