@@ -27,7 +27,7 @@ from PIL import Image
 from omni.data import espeak
 from omni.data.holdouts import check
 from omni.data.lexicon import grammar_words, lexicon
-from omni.data.primer import LESSONS, lesson_at, primer_document
+from omni.data.primer import FIVE_LESSONS, TWO_LESSONS, lesson_at, primer_document
 from omni.data.recordings import Recorder
 from omni.data.synthetic import synthesize
 from omni.data.world import World
@@ -387,14 +387,22 @@ def test_arithmetic_is_right_and_tests_hold_out_their_operands(plan: Plan) -> No
 
 
 def test_lessons_follow_one_another_and_ask_what_they_say(plan: Plan) -> None:
-    first, second = LESSONS[0][1], LESSONS[1][1]
-    assert [lesson_at(LESSONS, at) for at in (0.0, 0.49, 0.51, 0.999)] == [first, first, second, second]
+    first, second = TWO_LESSONS[0][1], TWO_LESSONS[1][1]
+    assert [lesson_at(TWO_LESSONS, at) for at in (0.0, 0.49, 0.51, 0.999)] == [first, first, second, second]
     assert "numbers" not in first and second["numbers"] > sum(second.values()) / 2
     rng = random.Random(0)
-    for kind, asked, never in (("places", "where is", "color"), ("numbers", "plus", "ball"), ("people", "who", "plus")):
+    for kind, asked, never in (
+        ("places", "where is", "color"),
+        ("numbers", "plus", "ball"),
+        ("people", "who", "plus"),
+        ("things", "is there", "where is"),
+        ("relations", "is the", "what color"),
+    ):
         found = [primer_document(plan.world, rng, {kind: 1}) for _ in range(60)]
         assert asked in " ".join(found) and never not in " ".join(text.partition("<|user|>")[2] for text in found)
         assert not any("how many" in text for text in found)
+    written = {kind for lessons in (TWO_LESSONS, FIVE_LESSONS) for _, kinds in lessons for kind in kinds}
+    assert all(primer_document(plan.world, rng, {kind: 1}) for kind in written)
 
 
 def test_scenes_hold_distinct_things_in_distinct_cells(plan: Plan) -> None:

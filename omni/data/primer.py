@@ -1,4 +1,7 @@
-"""The text that stage A begins with: nothing but to look things up, and then, where steps are few, to reckon."""
+"""The text that stage A begins with: nothing but to look things up, and to reckon where that is not learned by itself.
+
+In one mixture, or in lessons of which each asks for little else than what it is about.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,26 @@ MIXTURE: Lessons = ((1.0, _LOOKING_UP),)
 # What is learned alone is learned soon, and keeps if some of what follows asks for it. A Thinker of size nano never
 # learns sums while it learns all else (0.1 to 0.25 of those held out right), but in 300 steps of nothing else (0.9).
 # Looking up comes first: after numbers it is not learned any more (docs/log.md).
-LESSONS: Lessons = (
+TWO_LESSONS: Lessons = (
     (0.5, _LOOKING_UP),
     (0.5, {"numbers": 4, "people": 1, "scene": 0.5, "places": 0.5, "echo": 0.5}),
 )
-_PLACES = {"place", "at_place"}
+# With more steps there is time for each alone. Whether a thing exists is learned right after what it looks like, and
+# only where hardly anything else is asked at that time.
+FIVE_LESSONS: Lessons = (
+    (0.08, {"echo": 1}),
+    (0.17, {"people": 3, "echo": 1}),
+    (0.22, {"places": 4, "people": 1, "echo": 1}),
+    (0.18, {"things": 5, "echo": 1}),
+    (0.35, {"relations": 2, "people": 3, "places": 2, "things": 2, "echo": 1.5}),
+)
+# What is asked about a written scene, by the kind of document; the count is easy.
+_ASKED = {
+    "scene": set(PICTURE_QUESTIONS) - {"count"},
+    "places": {"place", "at_place"},
+    "things": {"color", "shape", "size", "exists"},
+    "relations": {"relation", "neighbor"},
+}
 
 
 def lesson_at(lessons: Lessons, progress: float) -> Mapping[str, float]:
@@ -57,11 +75,10 @@ def primer_document(world: World, rng: random.Random, kinds: Mapping[str, float]
         while len(questions) <= len(IN_CONTEXT):  # one person
             questions = [each for some in person_questions(world, rng, IN_CONTEXT).values() for each in some]
         return chat_document(turns_about(rng, questions))
-    wanted = _PLACES if kind == "places" else set(PICTURE_QUESTIONS) - {"count"}  # the count is easy
     asked: dict[str, list[Question]] = {}
     count = ""
     while not asked or count == NUMBERS[1]:
         context, everything = written_scene(world, rng, "train")
         count = everything["count"][0].answer
-        asked = {template: some for template, some in everything.items() if template in wanted}
+        asked = {template: some for template, some in everything.items() if template in _ASKED[kind]}
     return chat_document(turns_about(rng, several_questions(rng, asked, 8), context))

@@ -11,7 +11,7 @@ from typing import Any
 
 from omni.data.chats import Chats, Picture, unit
 from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
-from omni.data.primer import LESSONS, MIXTURE, Lessons, lesson_at, primer_document
+from omni.data.primer import FIVE_LESSONS, MIXTURE, TWO_LESSONS, Lessons, lesson_at, primer_document
 from omni.data.recordings import Recorder, Recording, turns_of
 from omni.data.stories import (
     document,
@@ -63,7 +63,7 @@ _TEST = Size(
     text_qa=30, text_chat=6, speech_out=4, chats_test=20, spoken_test=10, heldout_words=20, voices=6, judge=16,
 )  # fmt: skip
 _NANO = Size(
-    text_bytes=2_500_000, primer_bytes=3_600_000, lessons=LESSONS,
+    text_bytes=2_500_000, primer_bytes=3_600_000, lessons=TWO_LESSONS,
     images=5_000, images_test=300, tts_train=2_600, tts_voices=4, tts_free=4, asr_free=1_100,
     asr_grammar=2_600, asr_test=150, tts_test=100, image_chats=2_500, captions=300, speech_qa=1_500,
     image_speech_qa=400, picture_recordings=200, asr=2_000, text_qa=1_500, text_chat=300, speech_out=200,
@@ -71,7 +71,7 @@ _NANO = Size(
     free_words=100,
 )  # fmt: skip
 _MICRO = Size(
-    text_bytes=6_000_000, primer_bytes=2_500_000,
+    text_bytes=6_000_000, primer_bytes=6_900_000, lessons=FIVE_LESSONS,
     images=16_000, images_test=300, tts_train=5_000, tts_voices=16, tts_free=2, asr_free=4_000,
     asr_grammar=1_500, asr_test=300, tts_test=200, image_chats=5_000, captions=1_000, speech_qa=2_400,
     image_speech_qa=1_200, picture_recordings=300, asr=1_400, text_qa=9_000, text_chat=1_400, speech_out=500,
