@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bare
+from bench import bare, variants
 from bench.__main__ import measure_peers, table
 from bench.measure import Timed, matmul_peak, measure_stage, padding, request_of
 from omni.data.text import TextBatch
@@ -107,3 +107,32 @@ def test_peers_take_the_stage_s_batches(stage: str) -> None:
     for row in found:
         assert 0.1 < row["parameters"] / row["our_parameters"] < 3
         assert row["ratio"] == pytest.approx(row["throughput"] / row["peer_throughput"], rel=0.5)
+
+
+def test_variants_take_equal_steps_or_equal_time(
+    babble: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config("A", babble, tmp_path, tmp_path)
+    values = json.loads(path.read_text())
+    values["name"] = "thinker_small"
+    values["data"] |= {"train": str(babble / "text.txt"), "val": str(babble / "text.txt"), "allow_leaks": True}
+    values["train"] |= {"max_steps": 6}
+    values["run"] |= {"val_freq": 3, "print_freq": 1, "num_threads": 1}
+    del values["primer"], values["data"]["primer"]
+    path.write_text(json.dumps(values))
+    words = [str(path), "--seeds", "0", "1", "--vary", "wide=--model.hidden_dim 512", "--out", str(tmp_path / "out")]
+    for equal in ("steps", "time", "time"):
+        assert variants.main([*words, "--equal", equal]) == 0
+        said = capfd.readouterr()
+        head, _, own, wide = (line.strip("| ").split(" | ") for line in said.out.strip().splitlines())
+        assert head[:4] == ["variant", "parameters", "steps", "seconds"] and "bits_per_byte" in head
+        assert [own[0], wide[0]] == [path.stem, "wide"] and float(own[1][:-2]) < float(wide[1][:-2])
+        assert own[2] == "6" and (wide[2] == "6" or equal == "time")
+        mean, low, high = (
+            float(cell)
+            for cell in own[head.index("bits_per_byte")].replace(",", "").replace("[", "").replace("]", "").split()
+        )
+        assert low < mean < high  # two seeds
+    assert "ms a step" not in said.err  # the second time it was known
+    assert variants.main([*words, "--phase", "sft"]) == 1 and "expected one of train" in capfd.readouterr().err
+    assert variants.main([str(path), "--vary", "wide"]) == 1 and "expected a name and words" in capfd.readouterr().err
