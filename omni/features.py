@@ -24,7 +24,7 @@ from omni.models.vision_encoder import VisionEncoder
 from omni.parallel import map_small
 from omni.summary import read_summary
 
-_PREPROCESSING = 1  # to be raised whenever load_image, load_audio or log_mel change what they return
+_PREPROCESSING = 2  # to be raised whenever load_image, load_audio, log_mel or an encoder change what they return
 _NO_CACHE = FeatureCache()
 
 

@@ -62,13 +62,16 @@ class RunState:
     seconds: float = 0.0
     window_loss: float = 0.0  # sums since the last line in the log
     window_steps: int = 0
+    window_seen: int = 0
+    window_seconds: float = 0.0
     figures: dict[str, dict[str, float]] = field(default_factory=dict)  # last validation of each phase
 
     def next_phase(self) -> None:
         """Go on to the next phase; what counts over all phases stays."""
         self.phase += 1
-        self.step = self.stale = self.window_steps = 0
-        self.best, self.stopped_early, self.window_loss = None, False, 0.0
+        self.step = self.stale = self.window_steps = self.window_seen = 0
+        self.best, self.stopped_early = None, False
+        self.window_loss = self.window_seconds = 0.0
 
 
 LossFunction = Callable[[Any, Any], dict[str, torch.Tensor]]  # (model, batch) -> sums

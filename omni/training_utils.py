@@ -220,10 +220,12 @@ class Loop:
         state.seen[unit] = state.seen.get(unit, 0) + targets
         elapsed = time.perf_counter() - started
         state.seconds += elapsed
+        state.window_seen += targets
+        state.window_seconds += elapsed
         self.progress.advance({"loss": loss, "lr": lr, "grad": norm, f"{stage.unit}/s": targets / elapsed})
         last = state.step == stage.config.max_steps
         if state.step % self.options.print_freq == 0 or last:
-            self._report(name, lr, norm, targets / elapsed)
+            self._report(name, lr, norm)
         if state.step % self.options.val_freq == 0 or last:
             self._validate(name)
         if state.step % self.options.checkpoint_freq == 0 and not last and self._told_to_stop is None:
@@ -336,11 +338,12 @@ class Loop:
 
     # ---- reports, validation, checkpoints ----
 
-    def _report(self, name: str, lr: float, norm: float, throughput: float) -> None:
+    def _report(self, name: str, lr: float, norm: float) -> None:
         state = self.state
         loss = state.window_loss / state.window_steps if state.window_steps else math.nan  # all were skipped
         figures = {"loss": loss, "lr": lr, "grad_norm": norm}
-        state.window_loss, state.window_steps = 0.0, 0
+        throughput = state.window_seen / state.window_seconds
+        state.window_loss, state.window_steps, state.window_seen, state.window_seconds = 0.0, 0, 0, 0.0
         seen = state.seen[f"{name}.{self.stage.unit}"]
         counters = {"epoch": self.stage.stream.epoch, "seen": seen, "skipped": state.skipped}
         counters["bad_samples"] = self.stage.stream.num_bad

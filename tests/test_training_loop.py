@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import time
@@ -87,6 +88,17 @@ def test_two_phases_train_and_leave_everything(whole: Path) -> None:
     losses = [line["loss"] for line in metrics(whole) if line["event"] == "val"]
     assert losses[-1] < losses[0]
     assert bytes(load_checkpoint(whole / "toy.pt")[0]["assets"]["notes.txt"].tolist()) == b"kept"
+
+
+def test_throughput_is_that_of_all_steps_since_the_last_line(config: Path, tmp_path: Path) -> None:
+    assert train(config, tmp_path / "run", "--run.print_freq", "4") == 0
+    lines = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    first = [line for line in lines if line["event"] == "train" and line["phase"] == "first"]
+    assert [line["step"] for line in first] == [4, 8, 12]
+    for before, line in itertools.pairwise(first):
+        seconds = line["timing"]["seconds"] - before["timing"]["seconds"]
+        assert line["timing"]["throughput"] * seconds == pytest.approx(line["seen"] - before["seen"], rel=0.2)
+    assert first[-1]["timing"]["seconds"] > 0
 
 
 def test_the_second_phase_trains_its_part_alone(config: Path, tmp_path: Path) -> None:
