@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bare, variants
+from bench import bare, features, variants
 from bench.__main__ import measure_peers, table
 from bench.measure import Timed, matmul_peak, measure_stage, padding, request_of
 from omni.data.text import TextBatch
@@ -20,6 +20,7 @@ from omni.runtime import Precision
 from omni.stand_ins import Wanted
 from omni.tokenizer import IGNORE
 from tests.chaos.small_stages import write_config
+from tests.small_omni import make_world
 
 FP32 = Precision(torch.device("cpu"), torch.float32)
 
@@ -136,3 +137,10 @@ def test_variants_take_equal_steps_or_equal_time(
     assert "ms a step" not in said.err  # the second time it was known
     assert variants.main([*words, "--phase", "sft"]) == 1 and "expected one of train" in capfd.readouterr().err
     assert variants.main([str(path), "--vary", "wide"]) == 1 and "expected a name and words" in capfd.readouterr().err
+
+
+def test_epochs_with_and_without_the_feature_cache_end_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert features.main([str(make_world(tmp_path)), "--chats", "6", "--device", "cpu"]) == 0
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.partition(":")[0] for line in lines] == ["no cache", "first epoch", "second epoch", "second epoch"]
+    assert "times as fast" in lines[-1]

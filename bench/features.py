@@ -1,0 +1,116 @@
+"""What the feature cache saves: an epoch of phase `projectors` without it, the first one with it, and the second.
+
+    python -m bench.features configs/omni_sft_nano.json --chats 1280
+
+Each epoch begins as a run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read
+from the disk, then the chats are trained on once. All three see the same batches, and end with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from omni.config import RunConfig, UserError, load_config
+from omni.console import user_errors
+from omni.data.dialogue import Chat
+from omni.data.parts import ChatParts, read_chat_parts
+from omni.guards import clip_gradients
+from omni.optim import build_optimizer, get_lr_scheduler, trainable_parameters
+from omni.runtime import Precision, seed_everything, setup_compute
+from sft_omni import ChatPhases, OmniSFTConfig, assemble
+
+
+class Epoch(NamedTuple):
+    """Seconds until the features were there, seconds of all of it, and the weights at its end."""
+
+    features: float
+    whole: float
+    weights: dict[str, torch.Tensor]
+
+
+def epoch(config: OmniSFTConfig, parts: ChatParts, precision: Precision) -> Epoch:
+    """Encode or read the features of the chats, and train the projectors on them once."""
+    seed_everything(config.run.seed)
+    model, tokenizer, _ = assemble(config)
+    model.to(precision.device).eval()
+    phases = ChatPhases(model, tokenizer, parts, config, precision)
+    began = time.perf_counter()
+    with precision.autocast():
+        phases.chats("training")
+        features = time.perf_counter() - began
+        stage = phases.projectors()
+    model.requires_grad_(False)
+    for module in stage.trains:
+        module.requires_grad_(True).train()
+    named = trainable_parameters(stage.trains)
+    optimizer = build_optimizer(named, stage.config, stage.lr_ratios)
+    set_lr = get_lr_scheduler(optimizer, 1, stage.config.max_steps, stage.config.min_lr_ratio)
+    for step in range(-(-len(parts.training) // stage.config.batch_size)):
+        set_lr(step)
+        batch = next(stage.stream).to(precision.device)
+        optimizer.zero_grad(set_to_none=True)
+        with precision.autocast():
+            terms = stage.compute_loss(model, batch)
+        loss = torch.stack([stage.weights[term] * total.float() for term, total in terms.items()]).sum()
+        (loss / max(1, batch.counts["answers"])).backward()
+        clip_gradients([parameter for _, parameter in named], config.run.max_grad_norm)
+        optimizer.step()
+    whole = time.perf_counter() - began
+    stage.stream.close()
+    return Epoch(features, whole, {name: parameter.detach().clone() for name, parameter in named})
+
+
+def with_media(chats: Sequence[Chat], num: int) -> list[Chat]:
+    """So many of the chats that hold a picture or a recording, evenly spread."""
+    found = [chat for chat in chats if chat.media]
+    return found[:: max(1, len(found) // num)][:num]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the three epochs; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, metavar="CONFIG.json")
+    parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings (1280)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    words = parser.parse_args(arguments)
+
+    def work() -> int:
+        config = load_config(OmniSFTConfig, words.config)
+        precision = setup_compute(RunConfig(device=words.device))
+        data = config.data
+        parts = read_chat_parts(data.train, data.val, None, None, None, data)
+        parts = dataclasses.replace(parts, training=with_media(parts.training, words.chats))
+        found = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, gigabytes in (
+                ("no cache", 0.0),
+                ("first epoch", data.feature_cache_gb),
+                ("second epoch", data.feature_cache_gb),
+            ):
+                own = dataclasses.replace(data, feature_cache=folder, feature_cache_gb=gigabytes)
+                found[name] = epoch(dataclasses.replace(config, data=own), parts, precision)
+                print(f"{name}: {found[name].whole:.1f} s, of which features {found[name].features:.1f} s", flush=True)
+        plain, second = found["no cache"], found["second epoch"]
+        print(
+            f"second epoch: features {plain.features / second.features:.1f} times as fast, "
+            f"all of it {plain.whole / second.whole:.2f} times; {len(parts.training)} chats"
+        )
+        for one in found.values():
+            if any(not torch.equal(plain.weights[name], weight) for name, weight in one.weights.items()):
+                raise UserError("the cache changed the weights, expected the same")
+        return 0
+
+    return user_errors(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
