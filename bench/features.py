@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from omni.config import RunConfig, UserError, load_config
-from omni.console import user_errors
+from omni.config import RunConfig, UserError, load_config, to_dict
+from omni.console import log, user_errors
 from omni.data.dialogue import Chat
 from omni.data.parts import ChatParts, read_chat_parts
-from omni.guards import clip_gradients
-from omni.optim import build_optimizer, get_lr_scheduler, trainable_parameters
+from omni.rehearsal import Rehearsal
 from omni.runtime import Precision, seed_everything, setup_compute
+from omni.training_types import Run
 from sft_omni import ChatPhases, OmniSFTConfig, assemble
 
 
@@ -46,27 +46,14 @@ def epoch(config: OmniSFTConfig, parts: ChatParts, precision: Precision) -> Epoc
     began = time.perf_counter()
     with precision.autocast():
         phases.chats("training")
-        features = time.perf_counter() - began
-        stage = phases.projectors()
-    model.requires_grad_(False)
-    for module in stage.trains:
-        module.requires_grad_(True).train()
-    named = trainable_parameters(stage.trains)
-    optimizer = build_optimizer(named, stage.config, stage.lr_ratios)
-    set_lr = get_lr_scheduler(optimizer, 1, stage.config.max_steps, stage.config.min_lr_ratio)
-    for step in range(-(-len(parts.training) // stage.config.batch_size)):
-        set_lr(step)
-        batch = next(stage.stream).to(precision.device)
-        optimizer.zero_grad(set_to_none=True)
-        with precision.autocast():
-            terms = stage.compute_loss(model, batch)
-        loss = torch.stack([stage.weights[term] * total.float() for term, total in terms.items()]).sum()
-        (loss / max(1, batch.counts["answers"])).backward()
-        clip_gradients([parameter for _, parameter in named], config.run.max_grad_norm)
-        optimizer.step()
+    features = time.perf_counter() - began
+    run = Run("omni", model, [("projectors", phases.projectors)], to_dict(model.config))
+    loop = Rehearsal(run, config, precision)
+    for _ in loop.phases():
+        for _ in range(-(-len(parts.training) // config.projectors.batch_size)):
+            loop.step()
     whole = time.perf_counter() - began
-    stage.stream.close()
-    return Epoch(features, whole, {name: parameter.detach().clone() for name, parameter in named})
+    return Epoch(features, whole, {name: parameter.detach().clone() for name, parameter in loop.named})
 
 
 def with_media(chats: Sequence[Chat], num: int) -> list[Chat]:
@@ -82,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings (1280)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     words = parser.parse_args(arguments)
+    log.setLevel("ERROR")
 
     def work() -> int:
         config = load_config(OmniSFTConfig, words.config)
@@ -96,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("first epoch", data.feature_cache_gb),
                 ("second epoch", data.feature_cache_gb),
             ):
-                own = dataclasses.replace(data, feature_cache=folder, feature_cache_gb=gigabytes)
-                found[name] = epoch(dataclasses.replace(config, data=own), parts, precision)
+                own = dataclasses.replace(data, feature_cache=f"{folder}/cache", feature_cache_gb=gigabytes)
+                run = dataclasses.replace(config.run, save_dir=f"{folder}/{name}")
+                found[name] = epoch(dataclasses.replace(config, data=own, run=run), parts, precision)
                 print(f"{name}: {found[name].whole:.1f} s, of which features {found[name].features:.1f} s", flush=True)
         plain, second = found["no cache"], found["second epoch"]
         print(

@@ -23,11 +23,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omni.atomic import write_whole
 from omni.config import UserError
 from omni.console import user_errors
+from omni.curves import read_metrics
 from omni.stages import StageInfo, read_raw_config, stage_of_config
 from omni.summary import read_summary
 
@@ -69,9 +69,9 @@ class Bench:
     """Runs a stage's script, each run in a folder of its own."""
 
     def __init__(self, config: Path, phase: str, out: Path) -> None:
-        self.values = read_raw_config(config)
-        self.stage: StageInfo = stage_of_config(config, self.values)
-        self.phases = {name: found for name, found in self.values.items() if _is_phase(found)}
+        values = read_raw_config(config)
+        self.stage: StageInfo = stage_of_config(config, values)
+        self.phases = {name: part for name, part in values.items() if isinstance(part, dict) and "max_steps" in part}
         self.config, self.out, self.phase = config, out, phase or list(self.phases)[-1]
         if self.phase not in self.phases:
             raise UserError(f"--phase: found {self.phase!r}, expected one of {', '.join(self.phases)}")
@@ -94,7 +94,7 @@ class Bench:
         return self._read(folder)
 
     def _read(self, folder: Path) -> Found:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(folder / "metrics.jsonl")
         trained = [line for line in lines if line["event"] == "train"]
         own = [line for line in trained if line["phase"] == self.phase]
         before = [line["timing"]["seconds"] for line in trained[: trained.index(own[0])]]
@@ -110,7 +110,7 @@ class Bench:
             words += [f"--{name}.max_steps", str(_SHORT), f"--{name}.warmup_steps", "1"]
         name = f"time_{variant.name}_{turn}"
         self.run(name, words)
-        lines = [json.loads(line) for line in (self.out / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+        lines = read_metrics(self.out / name / "metrics.jsonl")
         shutil.rmtree(self.out / name)
         own = [line for line in lines if line["event"] == "train" and line["phase"] == self.phase]
         seconds = {line["step"]: line["timing"]["seconds"] for line in own}
@@ -122,7 +122,7 @@ class Bench:
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         keys = [shlex.join(variant.words) for variant in variants]
         if not known.keys() >= set(keys):
-            known = dict(zip(keys, self._measured_steps(variants), strict=True))
+            known = dict(zip(keys, self._measured_steps(variants), strict=True)) | known  # what has begun goes on
             write_whole(file, (json.dumps(known, indent=1) + "\n").encode())
         return [known[key] for key in keys]
 
@@ -135,10 +135,6 @@ class Bench:
             steps = {name: round(phase["max_steps"] * seconds[0] / own) for name, phase in self.phases.items()}
             found.append([word for name, num in steps.items() for word in (f"--{name}.max_steps", str(num))])
         return found
-
-
-def _is_phase(found: Any) -> bool:
-    return isinstance(found, dict) and "max_steps" in found
 
 
 def table(names: Sequence[str], found: Sequence[Sequence[Found]]) -> str:

@@ -35,8 +35,8 @@ except (ImportError, OSError, RuntimeError) as error:
 _LEVEL = 0.08
 # Log-mel values of speech at that level, measured on the micro-world: zero mean and about unit variance after this.
 # The mean matters: with frames centred at 1.3 instead, CTC had a CER of 0.87 after 100 steps where it has 0.46 now.
-_NOISE_SECONDS = 10
 _CENTRE, _SPREAD = -2.2, 3.0
+_NOISE_SECONDS = 10
 # libsndfile's length of a FLAC that was written to a pipe, whose header does not say; read in blocks of samples
 _UNKNOWN_LENGTH, _BLOCK = 2**62, 2**16
 GRIFFIN_LIM_ITERATIONS = (
@@ -315,8 +315,9 @@ def add_noise(frames_FM: torch.Tensor, rng: np.random.Generator, mel: MelConfig)
     magnitudes_FM = nn.functional.pad(front.magnitudes(frames_FM), (0, 0, int(ends[0]), int(ends[1])))
     level = 10 ** (-rng.uniform(20, 60) / 20)
     tilt_M = torch.linspace(-1, 1, mel.num_mels).mul(float(rng.uniform(-1, 1)) * math.log(2)).exp()
-    start = int(rng.integers(0, _NOISE_SECONDS * mel.sample_rate // mel.hop_length))
-    noise_FM = _white_noise(mel)[(start + torch.arange(len(magnitudes_FM))) % len(_white_noise(mel))]
+    white_FM = _white_noise(mel)
+    start = int(rng.integers(0, len(white_FM)))
+    noise_FM = white_FM[(start + torch.arange(len(magnitudes_FM))) % len(white_FM)]
     return front.normalized(torch.hypot(magnitudes_FM, noise_FM * (level * tilt_M)))
 
 

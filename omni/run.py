@@ -276,15 +276,15 @@ def stage_is_complete(stage: StageInfo, size: str, values: dict[str, Any]) -> bo
     path = stage.checkpoint(size)
     try:
         summary = read_summary(path)
-        inputs = {kind: fingerprint(stage_of(kind).checkpoint(size)) for kind in stage.needs_of(values)}
+        lineage = summary["lineage"]
+        # a stage that did without an input, as a Talker may without the Thinker, names none
+        used = [kind for kind in stage.needs if lineage.get(kind) is not None]
+        same_inputs = all(lineage[kind] == fingerprint(stage_of(kind).checkpoint(size)) for kind in used)
     except DamagedCheckpointError as error:
         print(error)
         return False
     except UserError:
         return False
-    lineage = summary["lineage"]
-    # a stage that did without an input, as a Talker may without the Thinker, names none
-    same_inputs = all(lineage.get(kind) in (None, value) for kind, value in inputs.items())
     return same_inputs and _holds(summary["config"], values)
 
 

@@ -94,11 +94,10 @@ def clearest_voice(model: SpeechModel, encoder: AudioEncoder, texts: Iterable[st
     What is short, as most answers are, lacks the context that would help to understand it.
     """
     shortest = sorted(set(filter(spoken_words, texts)), key=lambda text: (len(text), text))[:_NUM_SHORT]
-    each = [(voice, text) for voice in range(len(model.config.voices)) for text in shortest]
-    spoken = speak(model, [text for _, text in each], model.voices_NE[[voice for voice, _ in each]], mind)
+    num, num_voices = len(shortest), len(model.config.voices)
+    spoken = speak(model, shortest * num_voices, model.voices_NE.repeat_interleave(num, dim=0), mind)
     heard = hear(encoder, [item.wave for item in spoken], model.config.mel.sample_rate)
-    num = len(shortest)
-    errors = [character_error_rate(shortest, heard[at : at + num]).value for at in range(0, len(each), num)]
+    errors = [character_error_rate(shortest, heard[num * at : num * (at + 1)]).value for at in range(num_voices)]
     return errors.index(min(errors))
 
 
