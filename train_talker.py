@@ -39,7 +39,7 @@ from omni.models.speaker import speaker_loss_sum
 from omni.models.speech import SpeechConfig, SpeechModel, filled_in
 from omni.models.thinker import Thinker, ThinkerConfig
 from omni.models.vocoder import spectral_loss_sum
-from omni.runtime import Precision
+from omni.runtime import Precision, log
 from omni.talker_stage import talker_stage
 from omni.tokenizer import Tokenizer
 from omni.training_utils import Run, Stage, run_stage
@@ -67,6 +67,7 @@ class SpeechStageConfig(StageConfig):
     thinker_ckpt: str | None = None
     use_thinker_states: bool = False  # they made nano's speech worse (docs/log.md)
     val_sentences: int = 16  # generated and graded at each validation of the Talker
+    heard_weight: float = 0.3  # in the codec's loss: of what stage B hears in decoded frames; 0: it is not asked
     model: SpeechConfig = field(default_factory=SpeechConfig)
     codec: PhaseConfig
     speaker: PhaseConfig
@@ -75,6 +76,8 @@ class SpeechStageConfig(StageConfig):
 
     def problems(self) -> Iterator[Problem]:
         """Crops that cannot be coded, a vocoder that is never trained, a phase that trains none."""
+        if self.heard_weight < 0:
+            yield Problem("heard_weight", str(self.heard_weight), "0 or more")
         if (self.vocoder is None) == (self.model.vocoder_kind == "istft"):
             expected = "a phase that trains it" if self.vocoder is None else "none"
             why = f"{expected}, since model.vocoder_kind is {self.model.vocoder_kind}"
@@ -85,11 +88,32 @@ class SpeechStageConfig(StageConfig):
                 yield Problem(f"data.{key}", str(getattr(self.data, key)), expected)
 
 
-def codec_loss(model: SpeechModel, batch: CropBatch) -> dict[str, torch.Tensor]:
-    """L1 between true and decoded log-mel frames; distance of the encoder's vectors to their codes."""
-    output = model.codec(batch.frames_BFM)
-    mel = (output.frames_BFM.float() - batch.frames_BFM).abs().mean(-1).sum()
-    return {"mel": mel, "commitment": output.commitment_sum * model.config.codec.reduction}
+def codec_loss(model: SpeechModel, batch: CropBatch, encoder: AudioEncoder | None = None) -> dict[str, torch.Tensor]:
+    """L1 between true and decoded log-mel frames and of what is heard in them; vectors' distance to their codes.
+
+    A few weak frames decide between "blue" and "plue", and weigh next to nothing in an L1 over all frames. The states
+    of a recognizer know what matters (feature matching, Larsen et al., 2016): what stage B makes of the decoded crop is
+    compared with what it makes of the true one, relative to the size of the true states.
+
+    Args:
+        model: of which the codec is trained.
+        batch: crops.
+        encoder: stage B's, frozen; None: the frames alone count.
+    """
+    frames_BFM = batch.frames_BFM
+    output = model.codec(frames_BFM)
+    decoded_BFM = output.frames_BFM.float()
+    mel = (decoded_BFM - frames_BFM).abs().mean(-1).sum()
+    losses = {"mel": mel, "commitment": output.commitment_sum * model.config.codec.reduction}
+    if encoder is not None:
+        num_frames = frames_BFM.shape[1]
+        num_frames_B = torch.full((len(frames_BFM),), num_frames, device=frames_BFM.device)
+        with torch.no_grad():
+            true_BTD = encoder(frames_BFM, num_frames_B).states_BTD.float()
+        decoded_BTD = encoder(decoded_BFM, num_frames_B).states_BTD.float()
+        share_BT = (decoded_BTD - true_BTD).abs().mean(-1) / true_BTD.abs().mean(-1)
+        losses["heard"] = share_BT.sum() * num_frames / share_BT.shape[1]
+    return losses
 
 
 def speaker_loss(model: SpeechModel, batch: PairBatch) -> dict[str, torch.Tensor]:
@@ -166,7 +190,12 @@ def build(config: SpeechStageConfig, precision: Precision) -> Run:
 
     def codec() -> Stage:
         weights, quantizer = {"mel": 1.0, "commitment": 0.25}, model.codec.quantizer
-        stage = on_crops([model.codec], Crops, data.codec_frames, codec_loss, validate_codec, config.codec, weights)
+        loss = codec_loss
+        if config.heard_weight and encoder.config.mel == model_config.mel:
+            weights["heard"], loss = config.heard_weight, functools.partial(codec_loss, encoder=encoder)
+        elif config.heard_weight:
+            log.info("heard_weight is not used: stage B reads other log-mel frames than model.mel describes")
+        stage = on_crops([model.codec], Crops, data.codec_frames, loss, validate_codec, config.codec, weights)
         return dataclasses.replace(stage, after_update=quantizer.update, after_skip=quantizer.discard)
 
     def speaker() -> Stage:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from omni.audio import SILENCE, MelConfig, griffin_lim, log_mel
+from omni.data.voices import CropBatch
+from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.models.codec import Codec, CodecConfig
 from omni.models.quantizer import QuantizerConfig, ResidualQuantizer, code_usage, kmeans, neighbour_shares
 from omni.models.speaker import SpeakerConfig, SpeakerEncoder, speaker_loss_sum
+from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.vocoder import Vocoder, VocoderConfig, inverse_stft, spectral_loss_sum
+from train_talker import codec_loss as stage_loss
 
 
 def small_codec(num_codebooks: int = 2) -> Codec:
@@ -31,6 +36,31 @@ def test_gradient_reaches_every_parameter_of_the_codec() -> None:
     codec_loss(codec, torch.randn(4, 24, 80)).backward()
     for name, parameter in codec.named_parameters():
         assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+
+
+def test_what_is_heard_in_decoded_frames_teaches_the_codec_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    codec = small_codec()
+    encoder = AudioEncoder(AudioEncoderConfig(dim=16, num_layers=1, num_heads=2, hidden_dim=32)).requires_grad_(False)
+    encoder.eval()
+    model = SpeechModel(SpeechConfig(codec=codec.config)).eval()
+    crops = torch.randn(4, 24, 80)
+
+    def heard(frames_BFM: torch.Tensor) -> torch.Tensor:
+        return stage_loss(model, CropBatch({}, frames_BFM), encoder)["heard"]
+
+    whole = heard(crops)
+    assert float(whole) == pytest.approx(float(heard(crops[:1]) + heard(crops[1:])), rel=1e-4)
+    whole.backward()
+    taught = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert "codec.out_proj.weight" in taught and all(name.startswith("codec.") for name in taught)
+    assert stage_loss(model, CropBatch({}, crops)).keys() == {"mel", "commitment"}
+
+    def perfect(frames_BFM: torch.Tensor) -> object:
+        return dataclasses.replace(codec(frames_BFM), frames_BFM=frames_BFM)
+
+    monkeypatch.setattr(model.codec, "forward", perfect)
+    assert float(heard(crops)) < 1e-3 < float(whole)
 
 
 @pytest.mark.parametrize("num_codebooks", [1, 2, 4])

@@ -128,7 +128,7 @@ class Crops(_Recorded):
         """Stack crops."""
         frames_BFM = torch.stack(samples)
         frames = frames_BFM.shape[0] * frames_BFM.shape[1]
-        return CropBatch(dict.fromkeys(("frames", "mel", "commitment"), frames), frames_BFM)
+        return CropBatch(dict.fromkeys(("frames", "mel", "commitment", "heard"), frames), frames_BFM)
 
 
 @dataclass
