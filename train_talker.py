@@ -6,8 +6,9 @@ encoder describes, the vocoder makes it sound (Griffin-Lim, or a trained one: ``
     python train_talker.py --config configs/talker_nano.json
 
 In: a CSV with the columns wav,text[,speaker] (``data.train``; ``data.val``, or a share of it, ``data.val_split``),
-stage B's ``audio_enc.pt`` (``audio_ckpt``: it says when each word is spoken, and grades) and, where the Talker
-shall get the Thinker's states (``use_thinker_states``), stage A's ``thinker.pt`` (``thinker_ckpt``).
+stage B's ``audio_enc.pt`` (``audio_ckpt``: it says when each word is spoken, helps to teach the codec, and grades)
+and, where the Talker shall get the Thinker's states (``use_thinker_states``), stage A's ``thinker.pt``
+(``thinker_ckpt``).
 Out: ``talker.pt`` in ``save_dir``.
 Evaluated by: the character error rate of generated sentences beside their recordings' (``omni eval --stage talker``),
 reconstruction and use of the codes (``omni eval --stage codec``).
