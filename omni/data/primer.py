@@ -28,15 +28,13 @@ TWO_LESSONS: Lessons = (
     (0.5, {"numbers": 4, "people": 1, "scene": 0.5, "places": 0.5, "echo": 0.5}),
 )
 # With more steps there is time for each alone. Whether a thing exists is learned right after what it looks like, and
-# only where hardly anything else is asked at that time; how two things stand to each other, where hardly anything else
-# is asked at all (0.5 of such questions right in a mixture of everything, 0.99 after 300 steps of nothing else).
-SIX_LESSONS: Lessons = (
-    (0.075, {"echo": 1}),
-    (0.155, {"people": 3, "echo": 1}),
-    (0.2, {"places": 4, "people": 1, "echo": 1}),
-    (0.165, {"things": 5, "echo": 1}),
-    (0.185, {"relations": 5, "places": 0.5, "echo": 0.5}),
-    (0.22, {"relations": 3, "people": 3, "places": 2, "things": 2, "echo": 1.5}),
+# only where hardly anything else is asked at that time.
+FIVE_LESSONS: Lessons = (
+    (0.08, {"echo": 1}),
+    (0.17, {"people": 3, "echo": 1}),
+    (0.22, {"places": 4, "people": 1, "echo": 1}),
+    (0.18, {"things": 5, "echo": 1}),
+    (0.35, {"relations": 2, "people": 3, "places": 2, "things": 2, "echo": 1.5}),
 )
 # What is asked about a written scene, by the kind of document; the count is easy.
 _ASKED = {
