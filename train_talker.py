@@ -76,7 +76,7 @@ class SpeechStageConfig(StageConfig):
     talker: PhaseConfig
 
     def problems(self) -> Iterator[Problem]:
-        """Crops that cannot be coded, a vocoder that is never trained, a phase that trains none."""
+        """Crops that cannot be coded, a vocoder never trained, a phase that trains none, a weight below zero."""
         if self.heard_weight < 0:
             yield Problem("heard_weight", str(self.heard_weight), "0 or more")
         if (self.vocoder is None) == (self.model.vocoder_kind == "istft"):
