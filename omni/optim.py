@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from omni.config import PhaseConfig, UserError
+from omni.runtime import multiplies_bf16
 
 
 def lr_ratio(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
@@ -83,12 +84,15 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrices_NIJ: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """Matrices with singular values of about 1 instead of their own, in bf16, by Newton and Schulz's iteration."""
+    """Matrices with singular values of about 1 instead of their own, by Newton and Schulz's iteration.
+
+    In bf16, which is precise enough, where the hardware multiplies it; elsewhere in fp32.
+    """
     a, b, c = coefficients
-    x = matrices_NIJ.bfloat16()
+    x = matrices_NIJ.to(torch.bfloat16 if multiplies_bf16(matrices_NIJ.device) else torch.float32)
     tall = x.shape[1] > x.shape[2]
     x = x.mT.contiguous() if tall else x
-    x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).bfloat16()  # singular values are below 1 now
+    x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)  # singular values are below 1 now
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

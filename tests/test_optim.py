@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omni import optim
 from omni.config import PhaseConfig, UserError
 from omni.optim import (
     Muon,
@@ -34,11 +35,18 @@ def test_muon_in_batches_does_what_torchs_does() -> None:
         torch.testing.assert_close(batched.state[one]["momentum_buffer"], plain.state[other]["momentum_buffer"])
 
 
-def test_orthogonalized_matrices_have_singular_values_of_about_one() -> None:
+def test_orthogonalized_matrices_have_singular_values_of_about_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    made = orthogonalized(torch.randn(4, 24, 9) * 7, (3.4445, -4.7750, 2.0315), 5).float()
-    values = torch.linalg.svdvals(made)
-    assert float(values.min()) > 0.4 and float(values.max()) < 1.4
+    matrices = torch.randn(4, 24, 9) * 7
+    made = {}
+    for hardware in (True, False):
+        monkeypatch.setattr(optim, "multiplies_bf16", lambda device, found=hardware: found)
+        made[hardware] = orthogonalized(matrices, (3.4445, -4.7750, 2.0315), 5)
+        values = torch.linalg.svdvals(made[hardware].float())
+        assert float(values.min()) > 0.4 and float(values.max()) < 1.4
+    # without bf16 in hardware it would be emulated, 60 times as slow as fp32
+    assert made[True].dtype == torch.bfloat16 and made[False].dtype == torch.float32
+    torch.testing.assert_close(made[True].float(), made[False], atol=0.03, rtol=0)
 
 
 def test_learning_rates_are_ratios_of_the_phases() -> None:
