@@ -81,6 +81,8 @@ class PhaseCost:
         cpu: points by the CPU's kernels.
         cuda: points by CUDA's: from a device where there is one, else counted on the CPU.
         program: bytes of a process on the CPU that are no tensors: program, libraries, their workspace.
+        heap: bytes by which a process on the CPU grows for each byte of tensors: what kernels take inside of an
+            operation and what lies between blocks of the heap included.
         seconds: of a step, measured; 0: not.
         device: where.
     """
@@ -89,6 +91,7 @@ class PhaseCost:
     cpu: tuple[Point, ...]
     cuda: tuple[Point, ...]
     program: int
+    heap: float = 1.0
     seconds: float = 0.0
     device: str = ""
 
@@ -106,9 +109,10 @@ class PhaseCost:
         return float(low + max(0.0, slope) * (batch_size - first.batch_size))
 
     def peak(self, kind: str, batch_size: int) -> int:
-        """Bytes of tensors at the most."""
+        """Bytes at the most: of tensors, on the CPU of what they make the process grow by."""
         point = (self.cpu if kind == "cpu" else self.cuda)[0]
-        return round(max(point.weights + point.gradients + point.optimizer, self.at(kind, batch_size, "peak")))
+        tensors = max(point.weights + point.gradients + point.optimizer, self.at(kind, batch_size, "peak"))
+        return round(tensors * (self.heap if kind == "cpu" else 1))
 
     def largest_batch(self, kind: str, room: int, caches: int = 0) -> int:
         """The most rows of a micro-batch that fit into ``room`` bytes, at most 1,024; 0 where not one does."""

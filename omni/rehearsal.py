@@ -36,7 +36,7 @@ from omni.config import PhaseConfig, StageConfig, from_dict, to_dict
 from omni.console import user_errors
 from omni.data_memory import data_memory
 from omni.models.layers import kernels_of
-from omni.plan_types import PhaseCost, Point, Request
+from omni.plan_types import MOST, PhaseCost, Point, Request
 from omni.processes import die_with_parent
 from omni.runtime import Precision, seed_everything, setup_compute
 from omni.stages import StageInfo, stage_of_script
@@ -44,6 +44,7 @@ from omni.stand_ins import Wanted, stand_in
 from omni.step_cost import LiveBytes, flop_counter
 from omni.training_utils import Loop, Run
 
+_SEEN = 2**29  # bytes of tensors that make a process grow by more than the libraries' own memory varies
 _ROOT = Path(__file__).parent.parent  # the stage scripts stand beside the package
 
 
@@ -281,6 +282,26 @@ def _typical_step(small: Rehearsal, seconds: float) -> float:
 # ---- the process ----
 
 
+def heap_growth(request: Request, on_cpu: Precision, costs: list[PhaseCost]) -> float:
+    """Bytes by which this process grows for each byte of tensors, from the smallest batch to one that can be seen.
+
+    All phases together: the heap keeps what one of them leaves, so that only the largest makes it grow.
+    """
+
+    def rows(cost: PhaseCost) -> int:
+        sizes = range(request.batch_sizes[-1], MOST + 1)
+        return next((size for size in sizes if cost.peak("cpu", size) - cost.cpu[0].peak > _SEEN), MOST)
+
+    largest = max(costs, key=lambda cost: cost.peak("cpu", request.batch_sizes[-1]))
+    found = list(count(request, on_cpu, "cpu", rows(largest)).values())
+    smallest = [cost.cpu[0] for cost in costs]
+    resident, tensors = (
+        max(getattr(point, key) for point in found) - max(getattr(point, key) for point in smallest)
+        for key in ("resident", "peak")
+    )
+    return max(1.0, resident / max(1, tensors))
+
+
 def rehearse(request: Request, config: StageConfig) -> list[PhaseCost]:
     """Everything that a plan needs to know of a configuration."""
     here = setup_compute(dataclasses.replace(config.run, device=request.device))
@@ -300,6 +321,8 @@ def rehearse(request: Request, config: StageConfig) -> list[PhaseCost]:
         PhaseCost(name=name, cpu=tuple(found["cpu"]), cuda=tuple(found["cuda"]), program=program)
         for name, found in points.items()
     ]
+    heap = heap_growth(request, on_cpu, costs)
+    costs = [dataclasses.replace(cost, heap=heap) for cost in costs]
     if request.seconds:
         kind = here.device.type
         room = (

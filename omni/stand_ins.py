@@ -159,14 +159,20 @@ class _StandIns:
     # ---- data ----
 
     def _some_text(self, ctx_len: int, real: str | None, vocab_size: int) -> str:
-        """Documents: of the real text where it is there; else made-up words, enough for a vocabulary."""
+        """Documents: of the real text where it is there; else made-up words, enough for a vocabulary.
+
+        What is to take the most memory has several in every window: that needs a mask in each layer.
+        """
         num_chars = max(4 * self.wanted.num * ctx_len, 40 * vocab_size, 20_000)
         found = _beginning(real, num_chars, max(num_chars, _LEARNED_FROM if vocab_size else 0))
+        if found and self.wanted.longest:
+            cut = (found[at : at + ctx_len].split() for at in range(0, len(found), ctx_len))
+            return "\n\n".join(" ".join(words) for words in cut) + "\n"
         if found:
             return found
         rng, size, documents = random.Random(1), 0, []
         while size < num_chars:
-            documents.append(_sentences(rng, self.words, ctx_len // 2 if not self.wanted.longest else ctx_len))
+            documents.append(_sentences(rng, self.words, ctx_len // (8 if self.wanted.longest else 2)))
             size += len(documents[-1])
         return "\n\n".join(documents) + "\n"
 

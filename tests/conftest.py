@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import soundfile
 import torch
 
 from omni.config import StageConfig
+from omni.console import log
 from omni.training_utils import Build, run_stage
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,14 @@ def command(*words: str | Path, cwd: Path = ROOT, **options: Any) -> subprocess.
         timeout=280,
         **options,
     )
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command that is quiet by design, such as those of bench/, leaves the next test its log."""
+    level = log.level
+    yield
+    log.setLevel(level or logging.INFO)  # which the first command sets
 
 
 Done = subprocess.CompletedProcess[str]

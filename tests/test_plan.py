@@ -26,7 +26,7 @@ from omni.planning import Wish, automatic_phases, plan_config, settle_batch_size
 from omni.step_cost import LiveBytes, flop_counter
 from omni.training_utils import run_stage
 from tests.chaos.small_stages import write_config
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_tone
 from tests.small_omni import make_world
 
 # ---- counting ----
@@ -158,9 +158,25 @@ def check_prediction(path: Path, script: str, save_dir: Path) -> None:
 def test_foretold_memory_of_text_is_what_a_run_takes(babble: Path, tmp_path: Path) -> None:
     path = shaped("A", tmp_path, tmp_path, 128, {"ctx_len": 256, "dim": 64, "num_layers": 6, "hidden_dim": 192})
     values = json.loads(path.read_text())
-    values["data"] |= {"train": str(babble / "text.txt"), "val": str(babble / "text.txt"), "vocab_size": 320}
+    text = tmp_path / "long.txt"
+    text.write_text((babble / "text.txt").read_text() * 3)  # enough for 128 windows
+    values["data"] |= {"train": str(text), "val": str(text), "vocab_size": 320}
     path.write_text(json.dumps(values))
     check_prediction(path, "train_text.py", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_foretold_memory_of_speech_is_what_a_run_takes(tmp_path: Path) -> None:
+    lines = ["wav,text,speaker"]
+    for number in range(128):
+        write_tone(tmp_path / f"{number}.wav", 4.0, 200 + 10 * number)
+        lines.append(f"{number}.wav,the red circle is above it,s")
+    (tmp_path / "asr.csv").write_text("\n".join(lines) + "\n")
+    path = shaped("B", tmp_path, tmp_path, 128, {"dim": 64, "num_layers": 4, "hidden_dim": 192, "reduction": 2})
+    values = json.loads(path.read_text())
+    values["data"] |= {"train": str(tmp_path / "asr.csv"), "val": str(tmp_path / "asr.csv")}
+    path.write_text(json.dumps(values))
+    check_prediction(path, "train_audio_enc.py", tmp_path / "run")
 
 
 # ---- the command, "auto", and out of memory ----

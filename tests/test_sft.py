@@ -232,7 +232,7 @@ def test_a_resume_with_other_adapters_or_groups_is_refused(words, expected, conf
 
 # ---- hearing words ----
 
-PHASE = '{"max_steps": 80, "batch_size": 8, "lr": 0.03, "warmup_steps": 1}'
+PHASE = '{"max_steps": 120, "batch_size": 8, "lr": 0.01, "warmup_steps": 10}'
 
 
 def recordings_of(config: Path, numbers: range) -> Path:
