@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -47,9 +49,15 @@ class Growing:
 
 
 class KVCache:
-    """Keys and values of all positions so far, for every layer of one model."""
+    """Keys and values of all positions so far, for every layer of one model.
+
+    Attributes:
+        joined: by layer, what :mod:`omni.models.one_position` makes of its weights. Where these change, the keys are
+            those of another model, so that both have one life.
+    """
 
     def __init__(self, num_layers: int) -> None:
+        self.joined: dict[int, Any] = {}
         self._layers = [(Growing(2), Growing(2)) for _ in range(num_layers)]
 
     @property

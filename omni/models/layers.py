@@ -95,14 +95,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
-        self._floor = torch.tensor(math.sqrt(dim * eps))
+        self.floor = torch.tensor(math.sqrt(dim * eps))  # of a row's length
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
         if _as_on_cpu(x) and not torch.is_grad_enabled():
             # in as few operations as it takes: at a step of decoding they take longer to start than to compute
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            return (x / length.hypot_(self._floor)).mul_(self.weight * math.sqrt(x.shape[-1])).to(x.dtype)
+            return (x / length.hypot_(self.floor)).mul_(self.weight * math.sqrt(x.shape[-1])).to(x.dtype)
         if _as_on_cpu(x):
             normed: torch.Tensor = _CPUNorm.apply(x, self.weight, self.eps)
             return normed
