@@ -1,6 +1,10 @@
-"""What the feature cache saves: an epoch of phase `projectors` without it, the first one with it, and the second.
+"""What the feature cache saves: an epoch of a phase of stage E without it, the first one with it, and the second.
 
     python -m bench.features configs/omni_sft_nano.json --chats 1280
+    python -m bench.features configs/omni_sft_micro.json --phase transcripts --chats 3200
+
+In phase `projectors` a sample passes through the Thinker, in `transcripts` a recording through its projector and the
+transcript head alone.
 
 Each epoch begins as a run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read
 from the disk, then the chats are trained on once. All three see the same batches, and end with the same weights.
@@ -15,18 +19,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from omni.config import RunConfig, UserError, load_config, to_dict
 from omni.console import log, user_errors
-from omni.data.dialogue import Chat
 from omni.data.parts import ChatParts, read_chat_parts
 from omni.rehearsal import Rehearsal
 from omni.runtime import Precision, seed_everything, setup_compute
 from omni.training_types import Run
 from sft_omni import ChatPhases, OmniSFTConfig, assemble
+
+Item = TypeVar("Item")
 
 
 class Epoch(NamedTuple):
@@ -37,36 +42,47 @@ class Epoch(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def epoch(config: OmniSFTConfig, parts: ChatParts, precision: Precision) -> Epoch:
-    """Encode or read the features of the chats, and train the projectors on them once."""
+def epoch(config: OmniSFTConfig, parts: ChatParts, phase: str, precision: Precision) -> Epoch:
+    """Encode or read the features of the samples, and train on them once."""
     seed_everything(config.run.seed)
     model, tokenizer, _ = assemble(config)
     model.to(precision.device).eval()
     phases = ChatPhases(model, tokenizer, parts, config, precision)
+    num_samples = len(parts.recordings or parts.training)
     began = time.perf_counter()
     with precision.autocast():
-        phases.chats("training")
+        phases.chats("recordings" if parts.recordings else "training")
     features = time.perf_counter() - began
-    run = Run("omni", model, [("projectors", phases.projectors)], to_dict(model.config))
+    run = Run("omni", model, [(phase, getattr(phases, phase))], to_dict(model.config))
     loop = Rehearsal(run, config, precision)
     for _ in loop.phases():
-        for _ in range(-(-len(parts.training) // config.projectors.batch_size)):
+        for _ in range(-(-num_samples // loop.stage.config.batch_size)):
             loop.step()
     whole = time.perf_counter() - began
     return Epoch(features, whole, {name: parameter.detach().clone() for name, parameter in loop.named})
 
 
-def with_media(chats: Sequence[Chat], num: int) -> list[Chat]:
-    """So many of the chats that hold a picture or a recording, evenly spread."""
-    found = [chat for chat in chats if chat.media]
-    return found[:: max(1, len(found) // num)][:num]
+def some_parts(config: OmniSFTConfig, phase: str, num: int) -> ChatParts:
+    """What a phase reads, with so many samples, evenly spread: recordings, or chats with pictures or recordings."""
+    data, alone = config.data, phase == "transcripts"
+    parts = read_chat_parts(data.train, data.val, None, None, data.recordings if alone else None, data)
+    chats = [] if alone else spread([chat for chat in parts.training if chat.media], num)
+    return dataclasses.replace(
+        parts, training=chats, recordings=spread(parts.recordings, num), validation=spread(parts.validation, 32)
+    )
+
+
+def spread(found: Sequence[Item], num: int) -> list[Item]:
+    """So many of them, evenly spread."""
+    return [*found[:: max(1, len(found) // num)]][:num]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the three epochs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.json")
-    parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings (1280)")
+    parser.add_argument("--phase", choices=("projectors", "transcripts"), default="projectors", help="(projectors)")
+    parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings, or recordings (1280)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     words = parser.parse_args(arguments)
     log.setLevel("ERROR")
@@ -75,8 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(OmniSFTConfig, words.config)
         precision = setup_compute(RunConfig(device=words.device))
         data = config.data
-        parts = read_chat_parts(data.train, data.val, None, None, None, data)
-        parts = dataclasses.replace(parts, training=with_media(parts.training, words.chats))
+        if words.phase == "transcripts" and (config.transcripts is None or data.recordings is None):
+            raise UserError(f"{words.config}: found no phase transcripts, expected one, and data.recordings")
+        parts = some_parts(config, words.phase, words.chats)
         found = {}
         with tempfile.TemporaryDirectory() as folder:
             for name, gigabytes in (
@@ -86,12 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 own = dataclasses.replace(data, feature_cache=f"{folder}/cache", feature_cache_gb=gigabytes)
                 run = dataclasses.replace(config.run, save_dir=f"{folder}/{name}")
-                found[name] = epoch(dataclasses.replace(config, data=own, run=run), parts, precision)
+                found[name] = epoch(dataclasses.replace(config, data=own, run=run), parts, words.phase, precision)
                 print(f"{name}: {found[name].whole:.1f} s, of which features {found[name].features:.1f} s", flush=True)
         plain, second = found["no cache"], found["second epoch"]
         print(
             f"second epoch: features {plain.features / second.features:.1f} times as fast, "
-            f"all of it {plain.whole / second.whole:.2f} times; {len(parts.training)} chats"
+            f"all of it {plain.whole / second.whole:.2f} times; {len(parts.recordings or parts.training)} samples"
         )
         for one in found.values():
             if any(not torch.equal(plain.weights[name], weight) for name, weight in one.weights.items()):
