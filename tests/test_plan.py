@@ -77,6 +77,8 @@ def cost(**changes: Any) -> PhaseCost:
 def test_a_plan_grows_with_the_batch_and_its_parts_add_up() -> None:
     found = cost()
     assert [found.peak("cuda", size) for size in (2, 4, 10)] == [500, 600, 900]
+    # a process on the CPU grows by more than its tensors
+    assert [cost(heap=1.5).peak(kind, 10) for kind in ("cpu", "cuda")] == [1350, 900]
     phase = PhasePlan(PhaseConfig(max_steps=10, batch_size=10, lr=0.1, gradient_accumulation_steps=3), found)
     parts = phase.parts("cpu", 10)
     assert sum(parts.values()) == 900

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni.models.kv_cache import KVCache
-from omni.models.layers import Block, RMSNorm
+from omni.models.layers import Block
 
 
 def run_block(
@@ -70,15 +70,15 @@ def block_at_one_position(
     cos, sin = (part.view(-1, 1, head_dim) for part in rotary)
 
     x_BD = x_B1D.view(B, D)
-    qkv_BHd = torch.mm(_of_unit_length(x_BD, block.input_layernorm), joined.qkv_proj).view(B, -1, head_dim)
+    qkv_BHd = torch.mm(_of_unit_length(x_BD, joined.floor), joined.qkv_proj).view(B, -1, head_dim)
     qk_BHd, v_BHd = qkv_BHd.split((q_heads + kv_heads, kv_heads), dim=1)
-    qk_BHd = _of_unit_length(qk_BHd, attention.q_norm).mul_(joined.qk_norm)
+    qk_BHd = _of_unit_length(qk_BHd, joined.head_floor).mul_(joined.qk_norm)
     qk_BHd = torch.addcmul(qk_BHd * cos, qk_BHd.roll(head_dim // 2, -1), sin)
     q_BH1d, k_BH1d = qk_BHd[:, :, None].split((q_heads, kv_heads), dim=1)
     k, v = cache.extend(attention.layer, k_BH1d, v_BHd[:, :, None])
     y = F.scaled_dot_product_attention(q_BH1d, k, v, attn_mask=mask, enable_gqa=q_heads != kv_heads)
     x_BD = torch.addmm(x_BD, y.reshape(B, -1), joined.o_proj)
-    gate, up = torch.mm(_of_unit_length(x_BD, block.post_attention_layernorm), joined.gate_up_proj).chunk(2, dim=1)
+    gate, up = torch.mm(_of_unit_length(x_BD, joined.floor), joined.gate_up_proj).chunk(2, dim=1)
     return torch.addmm(x_BD, F.silu(gate).mul_(up), joined.down_proj).view(B, 1, D)
 
 
@@ -94,6 +94,7 @@ class JoinedWeights(NamedTuple):
         o_proj: [heads of queries x head_dim, D], a view.
         gate_up_proj: [D, 2 F].
         down_proj: [F, D], a view.
+        floor: what keeps a row of zeros from a length of zero, and ``head_floor`` for a head.
     """
 
     qkv_proj: torch.Tensor
@@ -101,6 +102,8 @@ class JoinedWeights(NamedTuple):
     o_proj: torch.Tensor
     gate_up_proj: torch.Tensor
     down_proj: torch.Tensor
+    floor: torch.Tensor
+    head_floor: torch.Tensor
 
 
 def join_weights(block: Block) -> JoinedWeights:
@@ -116,6 +119,8 @@ def join_weights(block: Block) -> JoinedWeights:
         attention.o_proj.weight.T,
         _scaled_rows((mlp.gate_proj, mlp.up_proj), before_mlp),
         mlp.down_proj.weight.T,
+        block.input_layernorm.floor.to(q.device),
+        attention.q_norm.floor.to(q.device),
     )
 
 
@@ -124,6 +129,6 @@ def _scaled_rows(matrices: Sequence[nn.Linear], scale_D: torch.Tensor) -> torch.
     return torch.cat([matrix.weight.T for matrix in matrices], dim=1).mul_(scale_D[:, None])
 
 
-def _of_unit_length(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+def _of_unit_length(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """RMSNorm without its weight, and without the square root of the width."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(norm.floor)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor)
