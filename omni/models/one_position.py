@@ -31,7 +31,11 @@ def run_block(
     """``block(x_BTD, rotary, mask, cache)``, in the shortest way."""
     assert isinstance(block, Block)
     learns = block.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x_BTD.device.type)
-    if cache is not None and x_BTD.shape[1] == 1 and not learns and _is_plain(block):
+    # what was joined once is plain: asked at the first position alone
+    if (
+        cache is not None and x_BTD.shape[1] == 1 and not learns
+        and (block.self_attn.layer in cache.joined or _is_plain(block))
+    ):  # fmt: skip
         return block_at_one_position(block, x_BTD, rotary, mask, cache)
     y_BTD: torch.Tensor = block(x_BTD, rotary, mask, cache)
     return y_BTD
