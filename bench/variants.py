@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.json")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=WORDS", help="a variant; may be repeated")
+    parser.add_argument("--every", default="", metavar="WORDS", help="added to each variant, the first as well")
     parser.add_argument("--equal", choices=("steps", "time"), default="steps", help="what all have alike (steps)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--phase", default="", help="that is compared; by default the last")
@@ -165,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = parser.parse_args(arguments)
 
     def work() -> int:
-        variants = [Variant(words.config.stem), *map(Variant.parse, words.vary)]
+        every = tuple(shlex.split(words.every))
+        asked = [Variant(words.config.stem), *map(Variant.parse, words.vary)]
+        variants = [Variant(variant.name, (*every, *variant.words)) for variant in asked]
         bench = Bench(words.config, words.phase, words.out / words.config.stem)
         steps = bench.steps_in_equal_time(variants) if words.equal == "time" else [[] for _ in variants]
         found = [

@@ -70,17 +70,15 @@ class Rows:
         self.thinker = thinker
         self._cache = KVCache(thinker.config.num_layers)
         self._states = {layer: Growing(1) for layer in states_of}
-        self._valid_BS = prompts.valid_BT[:, :0]
-        # without padding and gaps positions and mask are what they are anyway
-        self._has_gaps = not bool(prompts.valid_BT.all())
-        self._next_B1 = torch.zeros_like(prompts.valid_BT[:, :1], dtype=torch.long)
+        # without padding and gaps, positions and mask are what they are anyway
+        self._padding = None if bool(prompts.valid_BT.all()) else _Padding(prompts.valid_BT[:, :0])
         self.final_BTD = self._read(prompts.embeddings_BTD, prompts.valid_BT)
 
     def read(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Read the next tokens of every row; returns the logits [B, T, V] of those that follow them."""
         with torch.no_grad():
             embeddings_BTD = self.thinker.embed(tokens_BT)
-        self.final_BTD = self._read(embeddings_BTD, torch.ones_like(tokens_BT, dtype=torch.bool))
+        self.final_BTD = self._read(embeddings_BTD)
         return self.logits(tokens_BT.shape[1])
 
     @torch.no_grad()
@@ -91,41 +89,69 @@ class Rows:
     def take_back(self, counts_B: torch.Tensor) -> None:
         """Forget the last ``counts_B`` positions of each row, none of them padding or taken back before."""
         least, most = int(counts_B.min()), int(counts_B.max())
-        S = self._valid_BS.shape[1] - least
-        self._cache.cut(S)
+        S = self._cache.length
+        if most > least and self._padding is None:
+            self._padding = _Padding(torch.ones(len(counts_B), S, dtype=torch.bool, device=counts_B.device))
+        if self._padding is not None:
+            self._padding.take_back(counts_B, least)
+        self._cache.cut(S - least)
         for states in self._states.values():
-            states.cut(S)
-        self._valid_BS = self._valid_BS[:, :S]
-        self._next_B1 = self._next_B1 - counts_B[:, None]
-        if most > least:  # the other rows keep their positions: here are gaps, treated as padding is
-            self._has_gaps = True
-            behind_S = torch.arange(S, 0, -1, device=counts_B.device)
-            self._valid_BS = self._valid_BS & (behind_S[None] > (counts_B - least)[:, None])
+            states.cut(S - least)
 
     def states(self, row: int, count: int) -> dict[int, torch.Tensor]:
         """States [count, D] of the first positions of a row, padding and what was taken back left out."""
-        where_S = self._valid_BS[row]
+        where_S = slice(None) if self._padding is None else self._padding.valid_BS[row]
         return {layer: states.whole[row][where_S][:count] for layer, states in self._states.items()}
 
     @torch.no_grad()
-    def _read(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-        """Final states [B, T, D] of new positions."""
-        positions_BT = (self._next_B1 + valid_BT.cumsum(1) - 1).clamp(min=0)
-        mask = self._mask(valid_BT) if self._has_gaps else None
+    def _read(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Final states [B, T, D] of new positions, all of them valid or as told."""
+        positions_BT = mask = None
+        if self._padding is not None:
+            valid_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.bool) if valid_BT is None else valid_BT
+            positions_BT, mask = self._padding.add(valid_BT)
         output = self.thinker(x_BTD, positions_BT, mask, self._cache, list(self._states))
         for layer, states_BTD in output.hidden_states.items():
             self._states[layer].append(states_BTD)
-        self._valid_BS = torch.cat([self._valid_BS, valid_BT], dim=1)
-        self._next_B1 = self._next_B1 + valid_BT.sum(1, keepdim=True)
         return output.final_BTD
+
+
+class _Padding:
+    """Which positions of several rows hold something: padding, and what single rows took back, hold nothing.
+
+    Args:
+        valid_BS: of the positions so far.
+    """
+
+    def __init__(self, valid_BS: torch.Tensor) -> None:
+        self.valid_BS = valid_BS
+        self._next_B1 = valid_BS.sum(1, keepdim=True)
+
+    def add(self, valid_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new positions; returns their numbers [B, T] in their rows, and which positions they see."""
+        positions_BT = (self._next_B1 + valid_BT.cumsum(1) - 1).clamp(min=0)
+        mask = self._mask(valid_BT)
+        self.valid_BS = torch.cat([self.valid_BS, valid_BT], dim=1)
+        self._next_B1 = self._next_B1 + valid_BT.sum(1, keepdim=True)
+        return positions_BT, mask
+
+    def take_back(self, counts_B: torch.Tensor, cut: int) -> None:
+        """Each row takes back its last ``counts_B`` positions, of which all rows lose the last ``cut``."""
+        S = self.valid_BS.shape[1] - cut
+        behind_S = torch.arange(S, 0, -1, device=counts_B.device)
+        # a row that takes back more keeps the positions as a gap
+        self.valid_BS = self.valid_BS[:, :S] & (behind_S[None] > (counts_B - cut)[:, None])
+        self._next_B1 = self._next_B1 - counts_B[:, None]
 
     def _mask(self, valid_BT: torch.Tensor) -> torch.Tensor:
         """Which of the old and new positions each new one sees, [B, 1, T, S + T]."""
         T, device = valid_BT.shape[1], valid_BT.device
+        if T == 1:
+            return torch.cat([self.valid_BS, torch.ones_like(valid_BT)], dim=1)[:, None, None]
         triangle = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # a padding query attends to itself, so that no row of the softmax is empty
         new_BTT = (triangle & valid_BT[:, None, :]) | torch.eye(T, dtype=torch.bool, device=device)
-        old_BTS = self._valid_BS[:, None, :].expand(-1, T, -1)
+        old_BTS = self.valid_BS[:, None, :].expand(-1, T, -1)
         return torch.cat([old_BTS, new_BTT], dim=-1)[:, None]
 
 
@@ -178,7 +204,7 @@ class Decoding:
         draft_prompts: what the draft reads before the first token; the same rows, as far as it understands them.
 
     Attributes:
-        ended_B: rows that have ended, as whoever iterates says.
+        ended: of each row whether it has ended, as whoever iterates says.
         tally: how it went.
     """
 
@@ -192,11 +218,11 @@ class Decoding:
         draft_prompts: Prompts | None = None,
     ) -> None:
         B = len(prompts.valid_BT)
-        self.ended_B = torch.zeros(B, dtype=torch.bool, device=prompts.valid_BT.device)
+        self.ended = [False] * B
         self.tally = Tally()
         self._sampling, self._states_of = sampling, states_of
         self._rows = Rows(thinker, prompts, states_of)
-        self._room_B = thinker.config.ctx_len - prompts.valid_BT.sum(1)
+        self._room = [thinker.config.ctx_len - length for length in prompts.valid_BT.sum(1).tolist()]
         self._chances = Chances(sampling, [0] * B)
         self._guesser = _Guesser(draft, draft_prompts or prompts, sampling) if draft is not None else None
 
@@ -207,53 +233,65 @@ class Decoding:
     def runs(self, max_new_tokens: int) -> Iterator[list[list[int]]]:
         """Yield the next tokens of every row, at least one of those that go on, none of those that have ended.
 
-        A row ends where whoever iterates sets ``ended_B``, after ``max_new_tokens`` and where the context is full.
+        A row ends where whoever iterates sets ``ended``, after ``max_new_tokens`` and where the context is full.
         """
-        left_B = self._room_B.clamp(max=max_new_tokens)
-        numbers_BN = self._chances.next_several(len(left_B), max(0, int(left_B.max())))
-        said_B = torch.zeros_like(left_B)
-        self.ended_B = self.ended_B | (left_B <= 0)
-        if bool(self.ended_B.all()):
+        left = [min(room, max_new_tokens) for room in self._room]  # tokens; counted here, where no device is asked
+        numbers_BN = self._chances.next_several(len(left), max(0, *left))
+        said = [0] * len(left)
+        self.ended = [ended or more <= 0 for ended, more in zip(self.ended, left, strict=True)]
+        if all(self.ended):
             return
-        next_B = self._choose(self._rows.logits(1), self._numbers(numbers_BN, said_B, 1))[:, 0]
-        run_BN, sizes_B = next_B[:, None], torch.ones_like(left_B)
+        next_B = self._choose(self._rows.logits(1), self._numbers(numbers_BN, said, 1))[:, 0]
+        run_BN, sizes = next_B[:, None], [1] * len(left)
         if self._guesser:
             self._guesser.begin(next_B)
         while True:
-            sizes_B = torch.where(self.ended_B, 0, torch.minimum(sizes_B, left_B - said_B))
-            said_B = said_B + sizes_B
-            yield [row[:size] for row, size in zip(run_BN.tolist(), sizes_B.tolist(), strict=True)]
-            self.ended_B = self.ended_B | (said_B >= left_B)
-            if bool(self.ended_B.all()):
+            sizes = [
+                0 if ended else min(size, more)
+                for ended, size, more in zip(self.ended, sizes, left, strict=True)
+            ]  # fmt: skip
+            said = [before + size for before, size in zip(said, sizes, strict=True)]
+            left = [before - size for before, size in zip(left, sizes, strict=True)]
+            yield [row[:size] for row, size in zip(run_BN.tolist(), sizes, strict=True)]
+            self.ended = [ended or more <= 0 for ended, more in zip(self.ended, left, strict=True)]
+            if all(self.ended):
                 break
-            most = int((left_B - said_B)[~self.ended_B].max())
-            run_BN, sizes_B = self._next_run(next_B, most, numbers_BN, said_B)
-            next_B = run_BN.gather(1, sizes_B[:, None] - 1)[:, 0]
+            most = max(more for ended, more in zip(self.ended, left, strict=True) if not ended)
+            run_BN, next_B, sizes = self._next_run(next_B, most, numbers_BN, said)
         if self._states_of:
             self._rows.read(next_B[:, None])
 
     def _next_run(
-        self, next_B: torch.Tensor, most: int, numbers_BN: torch.Tensor | None, said_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What follows the tokens ``next_B``, [B, N], and how much of it each row says, at least one token."""
+        self, next_B: torch.Tensor, most: int, numbers_BN: torch.Tensor | None, said: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """What follows the tokens ``next_B``: tokens [B, N], the last one of each row, and how many a row says."""
         # where one token is left, nothing is guessed any more, so the draft need not follow either
         count = min(self._guesser.num_guesses, most - 1) if self._guesser else 0
-        numbers_BN = self._numbers(numbers_BN, said_B, count + 1)
-        guesses_BN = next_B[:, None][:, :0]
+        numbers_BN = self._numbers(numbers_BN, said, count + 1)
         if self._guesser and count:
-            guesses_BN = self._guesser.guess(count, numbers_BN)
+            return self._guessed_run(self._guesser, next_B, count, numbers_BN)
+        self.tally.passes += 1
+        run_B1 = self._choose(self._rows.read(next_B[:, None]), numbers_BN)
+        return run_B1, run_B1[:, 0], [1] * len(said)
+
+    def _guessed_run(
+        self, guesser: _Guesser, next_B: torch.Tensor, count: int, numbers_BN: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """The same with so many guesses, of which each row keeps some."""
+        guesses_BN = guesser.guess(count, numbers_BN)
         self.tally.passes += 1
         logits_BNV = self._rows.read(torch.cat([next_B[:, None], guesses_BN], dim=1))
         run_BN = self._choose(logits_BNV, numbers_BN)
         # a guess counts while it and all before it are what the Thinker says
         kept_B = (run_BN[:, :-1] == guesses_BN).cumprod(1).sum(1)
-        kept_B = torch.where(self.ended_B, 0, kept_B)
-        if self._guesser and count:
-            self.tally.guessed += count * int((~self.ended_B).sum())
-            self.tally.kept += int(kept_B.sum())
-            self._rows.take_back(count - kept_B)
-            self._guesser.follow(guesses_BN, kept_B, run_BN.gather(1, kept_B[:, None])[:, 0])
-        return run_BN, kept_B + 1
+        kept_B = kept_B.masked_fill(torch.tensor(self.ended, device=kept_B.device), 0)
+        kept = kept_B.tolist()
+        self.tally.guessed += count * self.ended.count(False)
+        self.tally.kept += sum(kept)
+        self._rows.take_back(count - kept_B)
+        next_B = run_BN.gather(1, kept_B[:, None])[:, 0]
+        guesser.follow(guesses_BN, kept_B, next_B)
+        return run_BN, next_B, [number + 1 for number in kept]
 
     def _choose(self, logits_BNV: torch.Tensor, numbers_BN: torch.Tensor | None) -> torch.Tensor:
         """A token [B, N] for each position."""
@@ -261,9 +299,9 @@ class Decoding:
         return chosen.view(logits_BNV.shape[:2])
 
     @staticmethod
-    def _numbers(numbers_BN: torch.Tensor | None, said_B: torch.Tensor, count: int) -> torch.Tensor | None:
+    def _numbers(numbers_BN: torch.Tensor | None, said: Sequence[int], count: int) -> torch.Tensor | None:
         """The random numbers [B, count] that decide the next tokens; those beyond a row's last are never used."""
         if numbers_BN is None:
             return None
-        at_BN = said_B.cpu()[:, None] + torch.arange(count)
+        at_BN = torch.tensor(said)[:, None] + torch.arange(count)
         return numbers_BN.gather(1, at_BN.clamp(max=numbers_BN.shape[1] - 1))

@@ -125,7 +125,7 @@ class Generation:
                 piece += text.push(token)
                 answer.finish = "stop" if text.stopped else "length"
             if answer.finish != "length":
-                self._decoding.ended_B[row] = True
+                self._decoding.ended[row] = True
                 break
         return piece
 
