@@ -13,7 +13,7 @@ from omni.data.questions import IN_CONTEXT, Question, person_questions, written_
 from omni.data.stories import chat_document, echo, several_questions, short_questions, stated_sums, turns_about
 from omni.data.world import World
 
-# (how much of the text in proportion, how often each kind of document in it), one lesson after another
+# (how much of the text, how often each kind of document in it), one lesson after another
 Lessons = tuple[tuple[float, Mapping[str, float]], ...]
 
 # All at a time. Of several things only the places are asked in some documents: of two words each, they are learned
@@ -28,15 +28,13 @@ TWO_LESSONS: Lessons = (
     (0.5, {"numbers": 4, "people": 1, "scene": 0.5, "places": 0.5, "echo": 0.5}),
 )
 # With more steps there is time for each alone. Whether a thing exists is learned right after what it looks like, and
-# only where hardly anything else is asked at that time. How two things stand to each other comes last: it takes two
-# places that are found already, and is not learned in the midst of them.
-SIX_LESSONS: Lessons = (
+# only where hardly anything else is asked at that time.
+FIVE_LESSONS: Lessons = (
     (0.08, {"echo": 1}),
     (0.17, {"people": 3, "echo": 1}),
     (0.22, {"places": 4, "people": 1, "echo": 1}),
     (0.18, {"things": 5, "echo": 1}),
     (0.35, {"relations": 2, "people": 3, "places": 2, "things": 2, "echo": 1.5}),
-    (0.3, {"relations": 6, "people": 1, "places": 0.75, "things": 0.75, "echo": 0.5}),
 )
 # What is asked about a written scene, by the kind of document; the count is easy.
 _ASKED = {

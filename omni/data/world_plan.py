@@ -11,7 +11,7 @@ from typing import Any
 
 from omni.data.chats import Chats, Picture, unit
 from omni.data.espeak import JUDGE_VOICES, TRAIN_VOICES, UNSEEN_VOICES
-from omni.data.primer import MIXTURE, SIX_LESSONS, TWO_LESSONS, Lessons, lesson_at, primer_document
+from omni.data.primer import FIVE_LESSONS, MIXTURE, TWO_LESSONS, Lessons, lesson_at, primer_document
 from omni.data.recordings import Recorder, Recording, turns_of
 from omni.data.stories import (
     document,
@@ -71,7 +71,7 @@ _NANO = Size(
     free_words=100,
 )  # fmt: skip
 _MICRO = Size(
-    text_bytes=6_000_000, primer_bytes=8_970_000, lessons=SIX_LESSONS,
+    text_bytes=6_000_000, primer_bytes=6_900_000, lessons=FIVE_LESSONS,
     images=16_000, images_test=300, tts_train=5_000, tts_voices=16, tts_free=2, asr_free=4_000,
     asr_grammar=1_500, asr_test=300, tts_test=200, image_chats=5_000, captions=1_000, speech_qa=2_400,
     image_speech_qa=1_200, picture_recordings=300, asr=1_400, text_qa=9_000, text_chat=1_400, speech_out=500,
