@@ -135,6 +135,9 @@ def test_variants_take_equal_steps_or_equal_time(
         )
         assert low < mean < high  # two seeds
     assert "ms a step" not in said.err  # the second time it was known
+    every = ["--every", "--train.max_steps 2 --train.warmup_steps 1", "--out", str(tmp_path / "every")]
+    assert variants.main([*words, *every]) == 0
+    assert [line.split(" | ")[2] for line in capfd.readouterr().out.splitlines()[2:]] == ["2", "2"]
     assert variants.main([*words, "--phase", "sft"]) == 1 and "expected one of train" in capfd.readouterr().err
     assert variants.main([str(path), "--vary", "wide"]) == 1 and "expected a name and words" in capfd.readouterr().err
 
