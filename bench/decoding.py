@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench.features import spread
 from omni.config import RunConfig, UserError, from_dict
 from omni.console import user_errors
 from omni.data.dialogue import read_chats
@@ -257,7 +258,7 @@ def draft(words: argparse.Namespace, device: torch.device) -> None:
     smaller = load_draft(words.draft or DRAFT.checkpoint(words.size), model.thinker, tokenizer)
     data = read_summary(checkpoint)["config"]["data"]
     chats = read_chats(words.sft or data["test"] or data["val"])
-    chats = chats[:: max(1, len(chats) // words.chats)][: words.chats]
+    chats = spread(chats, words.chats)
     features = FeatureStore(model, cache_of(checkpoint))
     paths = [[path for chat in chats for path in chat.paths(kind)] for kind in ("image", "audio")]
     features.add(*paths)

@@ -146,8 +146,6 @@ class _Padding:
     def _mask(self, valid_BT: torch.Tensor) -> torch.Tensor:
         """Which of the old and new positions each new one sees, [B, 1, T, S + T]."""
         T, device = valid_BT.shape[1], valid_BT.device
-        if T == 1:
-            return torch.cat([self.valid_BS, torch.ones_like(valid_BT)], dim=1)[:, None, None]
         triangle = torch.ones(T, T, dtype=torch.bool, device=device).tril()
         # a padding query attends to itself, so that no row of the softmax is empty
         new_BTT = (triangle & valid_BT[:, None, :]) | torch.eye(T, dtype=torch.bool, device=device)
@@ -235,28 +233,31 @@ class Decoding:
 
         A row ends where whoever iterates sets ``ended``, after ``max_new_tokens`` and where the context is full.
         """
-        left = [min(room, max_new_tokens) for room in self._room]  # tokens; counted here, where no device is asked
-        numbers_BN = self._chances.next_several(len(left), max(0, *left))
-        said = [0] * len(left)
-        self.ended = [ended or more <= 0 for ended, more in zip(self.ended, left, strict=True)]
+        limits = [min(room, max_new_tokens) for room in self._room]  # tokens; counted here, where no device is asked
+        numbers_BN = self._chances.next_several(len(limits), max(0, *limits))
+        said = [0] * len(limits)
+        self.ended = [ended or limit <= 0 for ended, limit in zip(self.ended, limits, strict=True)]
         if all(self.ended):
             return
         next_B = self._choose(self._rows.logits(1), self._numbers(numbers_BN, said, 1))[:, 0]
-        run_BN, sizes = next_B[:, None], [1] * len(left)
+        run_BN, sizes = next_B[:, None], [1] * len(said)
         if self._guesser:
             self._guesser.begin(next_B)
         while True:
             sizes = [
-                0 if ended else min(size, more)
-                for ended, size, more in zip(self.ended, sizes, left, strict=True)
+                0 if ended else min(size, limit - before)
+                for ended, size, limit, before in zip(self.ended, sizes, limits, said, strict=True)
             ]  # fmt: skip
             said = [before + size for before, size in zip(said, sizes, strict=True)]
-            left = [before - size for before, size in zip(left, sizes, strict=True)]
             yield [row[:size] for row, size in zip(run_BN.tolist(), sizes, strict=True)]
-            self.ended = [ended or more <= 0 for ended, more in zip(self.ended, left, strict=True)]
+            self.ended = [
+                ended or so_far >= limit for ended, so_far, limit in zip(self.ended, said, limits, strict=True)
+            ]
             if all(self.ended):
                 break
-            most = max(more for ended, more in zip(self.ended, left, strict=True) if not ended)
+            most = max(
+                limit - so_far for ended, so_far, limit in zip(self.ended, said, limits, strict=True) if not ended
+            )
             run_BN, next_B, sizes = self._next_run(next_B, most, numbers_BN, said)
         if self._states_of:
             self._rows.read(next_B[:, None])
