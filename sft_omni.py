@@ -25,7 +25,8 @@ import torch
 from omni.cache import FeatureCache, FeatureCacheConfig
 from omni.checkpoint import fingerprint, read_summary
 from omni.config import DataConfig, PhaseConfig, Problem, StageConfig, UserError, to_dict
-from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Encoded, collate_chats
+from omni.data.chat_batch import ChatBatch, collate_chats
+from omni.data.dialogue import Chat, ChatEncoder, Encoded
 from omni.data.manifest import settle
 from omni.data.mixture import ChatSamples, replayed
 from omni.data.parts import ChatParts, read_chat_parts
@@ -140,10 +141,10 @@ def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
     patches_NPD, states_NTD = perceive(model, batch)
     heard_NSD, log_probs_NSV = model.hear(states_NTD, batch.positions_N)
     x = model.embed(batch.tokens_BT, patches_NPD, heard_NSD, batch.positions_N)
-    final_BTD, replay_B1 = model.thinker(x).final_BTD, batch.replay_B[:, None]
+    final_BTD = model.thinker(x, batch.positions_BT, batch.segments).final_BTD
     labels = {
-        "answers": batch.labels_BT.masked_fill(replay_B1, IGNORE),
-        "replay": batch.labels_BT.masked_fill(~replay_B1, IGNORE),
+        "answers": batch.labels_BT.masked_fill(batch.replay_BT, IGNORE),
+        "replay": batch.labels_BT.masked_fill(~batch.replay_BT, IGNORE),
     }
     sums = {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
     transcripts = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
@@ -165,6 +166,7 @@ class ChatPhases:
             image_features=self.features.image,
             audio_features=self.features.audio,
             pad_id=tokenizer.pad_id,
+            joined=not config.run.compile,  # blocks are compiled for rows
         )
         recordings = as_chats(parts.recordings)
         self._chats = {"training": parts.training, "validation": parts.validation, "recordings": recordings}
@@ -225,7 +227,7 @@ class ChatPhases:
         weights = {task: weight for task, weight in data.task_weights.items() if task in tasks}
         collate, load = self.collate, None
         if live:
-            collate = functools.partial(collate_media, pad_id=self.tokenizer.pad_id)
+            collate = functools.partial(collate_media, pad_id=self.tokenizer.pad_id, joined=not self.config.run.compile)
             load = functools.partial(with_media, model=self.model, max_pixels=data.max_pixels)
         share, anew = data.replay_share, data.replay_anew
         return ChatSamples(encoded, tasks, weights, collate, replay, share, anew, load)

@@ -75,7 +75,7 @@ class TextConfig(StageConfig):
 
 def loss(thinker: Thinker, batch: TextBatch) -> dict[str, torch.Tensor]:
     """Next-token cross-entropy of all tokens and of the assistant's, summed."""
-    states_BTD = thinker(thinker.embed(batch.tokens_BT), mask=batch.mask()).final_BTD
+    states_BTD = thinker(thinker.embed(batch.tokens_BT), mask=batch.segments).final_BTD
     nats_BT = next_token_losses(thinker, states_BTD, batch.labels_BT)
     return {"tokens": nats_BT.sum(), "answers": nats_BT[batch.answers_BT].sum()}
 

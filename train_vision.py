@@ -57,12 +57,13 @@ class VisionStageConfig(StageConfig):
 def loss(encoder: VisionEncoder, batch: ImageBatch) -> dict[str, torch.Tensor]:
     """Contrastive loss of the pooled pictures, captioning loss of the patch tokens; both summed."""
     image = encoder.encode_image(batch.pixels_B3HW)
-    text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT)
+    text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT, batch.words)
     B = len(batch.pixels_B3HW)
     pairs = pairs_of_all_ranks(image.pooled_BE, text_NE, batch.same_BN, batch.tokens_NT)
+    captions = batch.tokens_NT[:B], batch.valid_NT[:B], batch.caption_words
     return {
         "images": contrastive_loss_sum(pairs.image_BE, pairs.text_NE, encoder.scale, pairs.same_BN, pairs.mine),
-        "tokens": encoder.caption_loss_sum(image.patches_BPD, batch.tokens_NT[:B], batch.valid_NT[:B]),
+        "tokens": encoder.caption_loss_sum(image.patches_BPD, *captions),
     }
 
 

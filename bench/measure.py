@@ -63,10 +63,11 @@ def padding(batch: Any) -> tuple[int, int]:
     """Positions of a batch that are padding, and all of them; 0 and 0 for batches that never have any."""
     if hasattr(batch, "valid_BT"):
         return int((~batch.valid_BT).sum()), batch.valid_BT.numel()
-    if hasattr(batch, "documents_BT"):
+    if hasattr(batch, "answers_BT"):
         return int((batch.labels_BT == IGNORE).sum()), batch.labels_BT.numel()
-    if hasattr(batch, "valid_NT"):
-        return int((~batch.valid_NT).sum()), batch.valid_NT.numel()
+    if hasattr(batch, "caption_words"):
+        computed = len(batch.words.places_N) + len(batch.caption_words.places_N)
+        return computed - int(batch.valid_NT.sum()) - int(batch.valid_NT[: len(batch.pixels_B3HW)].sum()), computed
     if hasattr(batch, "num_frames_B"):
         rows, longest = (batch.codes_BTK if hasattr(batch, "codes_BTK") else batch.frames_BFM).shape[:2]
         return rows * longest - int(batch.num_frames_B.sum()), rows * longest

@@ -100,7 +100,7 @@ def clip(config: VisionConfig) -> tuple[nn.Module, Loss]:
 def _contrastive(encoder: Any, batch: Any) -> dict[str, torch.Tensor]:
     """Stage C's loss without the captioning."""
     image_BE = encoder.encode_image(batch.pixels_B3HW).pooled_BE
-    text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT)
+    text_NE = encoder.encode_text(batch.tokens_NT, batch.valid_NT, batch.words)
     own_B = torch.arange(len(image_BE), device=image_BE.device)
     return {"images": contrastive_loss_sum(image_BE, text_NE, encoder.scale, batch.same_BN, own_B)}
 

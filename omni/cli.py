@@ -69,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     synth.add_argument("--seed", type=int, default=0)
     synth.set_defaults(function=_synth)
+    speak = kinds.add_parser("speak", help="let the voices of the micro-world speak your own text: more for stage B")
+    speak.add_argument("texts", nargs="+", type=Path, metavar="FILE.txt")
+    speak.add_argument("--out", required=True, type=Path, metavar="DIR", help="for wavs/ and spoken.csv")
+    speak.add_argument("--sentences", type=int, default=2000, metavar="N", help="at most; default: 2000")
+    speak.add_argument("--seed", type=int, default=0)
+    speak.set_defaults(function=_speak_data)
     check = kinds.add_parser("check", help="read all data that configurations name; list all problems")
     check.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.json")
     check.set_defaults(function=_check)
@@ -338,6 +344,17 @@ def _synth(words: argparse.Namespace) -> int:
     state = f"written in {made['seconds']:.0f} s" if made["created"] else "already there, whole"
     counts = ", ".join(f"{sum(made[name].values()):,} {name}" for name in ("documents", "recordings", "pictures"))
     print(f"{made['folder']}: {state}: {counts}")
+    return 0
+
+
+def _speak_data(words: argparse.Namespace) -> int:
+    from omni.data.spoken import speak_texts
+
+    if words.sentences < 1:
+        raise UserError(f"--sentences: found {words.sentences}, expected 1 or more", exit_code=2)
+    manifest = speak_texts(words.texts, words.out, words.sentences, words.seed)
+    rows = len(manifest.read_text(encoding="utf-8").splitlines()) - 1
+    print(f"{manifest}: {rows:,} recordings")
     return 0
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from omni.audio import load_audio, log_mel
 from omni.cache import FeatureCache, FeatureCacheConfig, cache_key
 from omni.config import DataConfig, UserError, from_dict
-from omni.data.dialogue import ChatBatch, Encoded, collate_chats
+from omni.data.chat_batch import ChatBatch, collate_chats
+from omni.data.dialogue import Encoded
 from omni.data.images import load_image
 from omni.data.manifest import RULES
 from omni.data.speech import pad_frames
@@ -239,10 +240,10 @@ def with_media(chat: Encoded, model: OmniModel, max_pixels: int = RULES.max_pixe
     )
 
 
-def collate_media(chats: Sequence[Encoded], pad_id: int) -> ChatBatch:
+def collate_media(chats: Sequence[Encoded], pad_id: int, joined: bool = False) -> ChatBatch:
     """One batch of chats from :func:`with_media`, nothing of it encoded."""
     nothing = torch.zeros(0, 0)
-    batch = collate_chats(chats, lambda path: nothing, lambda path: nothing, pad_id)
+    batch = collate_chats(chats, lambda path: nothing, lambda path: nothing, pad_id, joined=joined)
     pixels = [item for chat in chats for item in chat.pixels]
     frames = [item for chat in chats for item in chat.frames]
     frames_NFM, num_frames_N = pad_frames(frames) if frames else (None, None)

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import torch
 
 from omni.answer_text import AnswerText
-from omni.data.dialogue import ChatBatch, Encoded, collate_chats
+from omni.data.chat_batch import ChatBatch, collate_chats
+from omni.data.dialogue import Encoded
 from omni.decoding import Decoding, Draft, Prompts, Tally
 from omni.models.omni import OmniModel
 from omni.sampling import GREEDY, Sampling

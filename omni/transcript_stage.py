@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from omni.config import PhaseConfig, RunConfig, UserError
-from omni.data.dialogue import Chat, ChatBatch, ChatEncoder, Encoded, Message, Part
+from omni.data.chat_batch import ChatBatch
+from omni.data.dialogue import Chat, ChatEncoder, Encoded, Message, Part
 from omni.data.manifest import Row
 from omni.data.mixture import ChatSamples
 from omni.data.stream import BatchStream, ordered_batches

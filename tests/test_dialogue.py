@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from omni.config import UserError
-from omni.data.dialogue import ChatEncoder, Encoded, collate_chats, parse_messages, read_chats
+from omni.data.chat_batch import collate_chats
+from omni.data.dialogue import ChatEncoder, Encoded, parse_messages, read_chats
 from omni.data.mixture import ChatSamples
 from omni.data.stream import BatchStream
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer, plain_text

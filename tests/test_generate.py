@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from omni.answer_text import AnswerText
-from omni.data.dialogue import Encoded, collate_chats
+from omni.data.chat_batch import collate_chats
+from omni.data.dialogue import Encoded
 from omni.generate import Answer, AnswerSettings, Generation, embed_batch, generate
 from omni.sampling import Chances, Sampling, choose
 from omni.tokenizer import Tokenizer

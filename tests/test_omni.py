@@ -9,7 +9,8 @@ import torch
 import sft_omni
 from omni.checkpoint import save_checkpoint
 from omni.config import UserError
-from omni.data.dialogue import Encoded, collate_chats
+from omni.data.chat_batch import collate_chats
+from omni.data.dialogue import Encoded
 from omni.decoding import Decoding, Prompts
 from omni.generate import embed_batch
 from omni.losses import next_token_loss_sum
@@ -73,8 +74,8 @@ def chats():
     return [picture, sound, text]
 
 
-def batch_of(model, chosen, left=False):
-    return collate_chats(chosen, features(0, (16, 16)), features(1, (8, 16)), pad_id=0, left=left)
+def batch_of(model, chosen, **layout):
+    return collate_chats(chosen, features(0, (16, 16)), features(1, (8, 16)), pad_id=0, **layout)
 
 
 def test_every_picture_patch_and_audio_state_reaches_the_logits(model):
@@ -227,6 +228,24 @@ def test_replayed_text_and_answers_are_loss_terms_of_their_own(model):
     alone = sft_omni.loss(model, batch_of(model, chats()))
     torch.testing.assert_close(terms["answers"], alone["answers"], rtol=1e-4, atol=1e-4)
     assert float(alone["replay"]) == 0.0 < float(terms["replay"])
+
+
+def test_chats_behind_one_another_teach_what_rows_do(model):
+    """Losses and all gradients of chats in one row and of padded ones."""
+    mixed, found = [*chats(), Encoded([5, 6, 7, 8], [6, 7, 8, 9], replay=True)], []
+    for joined in (True, False):
+        batch = batch_of(model, mixed, joined=joined)
+        assert (len(batch.tokens_BT) == 1) == joined
+        model.zero_grad()
+        terms = sft_omni.loss(model, batch)
+        sum(terms.values()).backward()
+        grads = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+        found.append((batch.counts, {term: value.detach() for term, value in terms.items()}, grads))
+    (counts, terms, grads), (rows_counts, rows_terms, rows_grads) = found
+    assert counts == rows_counts and grads.keys() == rows_grads.keys()
+    torch.testing.assert_close(terms, rows_terms, rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, rows_grads[name], rtol=1e-3, atol=1e-4 * float(grad.abs().max()), msg=name)
 
 
 def test_transcripts_teach_the_audio_projector(model):

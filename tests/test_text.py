@@ -46,23 +46,23 @@ def test_answers_are_what_the_assistant_says_with_its_end(tokenizer: Tokenizer) 
     said = tokenizer.decode(found.labels_BT[found.answers_BT].tolist())
     assert said == " two<|end|> four<|end|>"
     assert found.counts["answers"] == int(found.answers_BT.sum())
-    assert found.mask() is None
+    assert found.segments is None
 
 
 def test_documents_do_not_see_each_other(tokenizer: Tokenizer) -> None:
     found = batch("one two three\nfour\n\nfive six\n\nseven eight nine ten", tokenizer, separate=True)
     pieces = [tokenizer.decode([token]) for token in found.tokens_BT[0].tolist()]
-    assert found.documents_BT[0].tolist()[0] == 0 and int(found.documents_BT.max()) == 2
-    assert found.documents_BT[0][pieces.index("six") if "six" in pieces else pieces.index(" six")] == 1
-    mask = found.mask()
-    assert mask is not None
+    assert found.segments is not None
+    documents_T = found.segments.numbers_N
+    assert int(documents_T[0]) == 0 and int(documents_T.max()) == 2
+    assert documents_T[pieces.index("six") if "six" in pieces else pieces.index(" six")] == 1
     torch.manual_seed(0)
     thinker = Thinker(ThinkerConfig(64, tokenizer.vocab_size, dim=32, num_heads=2, num_kv_heads=1, hidden_dim=64))
     for block in thinker.layers:  # layers say nothing at first
         torch.nn.init.normal_(block.self_attn.o_proj.weight)
     with torch.no_grad():
-        together = thinker(thinker.embed(found.tokens_BT), mask=mask).final_BTD
-        rows = found.documents_BT[0] == 1
+        together = thinker(thinker.embed(found.tokens_BT), mask=found.segments).final_BTD
+        rows = documents_T == 1
         alone = thinker(thinker.embed(found.tokens_BT[:, rows])).final_BTD
     torch.testing.assert_close(together[:, rows], alone, atol=1e-5, rtol=1e-4)
 
@@ -78,13 +78,13 @@ def test_packing_cuts_no_document_and_loses_no_token(tokenizer: Tokenizer) -> No
     windows = PackedDocuments(tokens, 40, tokenizer)
     found = windows.collate([windows.sample(index, np.random.default_rng(index)) for index in range(len(windows))])
     said = []
-    for row in range(len(windows)):
-        for number in range(int(found.documents_BT[row].max()) + 1):
-            part = found.documents_BT[row] == number
-            if bool((found.labels_BT[row, part] != IGNORE).any()):
-                inputs, labels = found.tokens_BT[row, part], found.labels_BT[row, part]
-                assert torch.equal(inputs[1:], labels[:-1])
-                said.append(tokenizer.decode(inputs.tolist()).strip())
+    assert found.segments is not None
+    for number in range(int(found.segments.numbers_N.max()) + 1):
+        part = found.segments.numbers_N.view_as(found.tokens_BT) == number
+        if bool((found.labels_BT[part] != IGNORE).any()):
+            inputs, labels = found.tokens_BT[part], found.labels_BT[part]
+            assert torch.equal(inputs[1:], labels[:-1])
+            said.append(tokenizer.decode(inputs.tolist()).strip())
     assert sorted(said) == sorted([*texts, CHAT])
     assert found.counts["tokens"] == int((found.labels_BT != IGNORE).sum()) == len(tokens) - len(windows)
     assert tokenizer.decode(found.labels_BT[found.answers_BT].tolist()) == " two<|end|> four<|end|>"

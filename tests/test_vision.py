@@ -20,6 +20,7 @@ from omni.data import images
 from omni.data.images import Captioned, Pictures, load_image, read_image_manifest, vary
 from omni.evaluate.vision import Matching, match_manifest, vision_figures
 from omni.losses import contrastive_loss_sum
+from omni.models.segments import unpadded
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 from omni.tokenizer import Tokenizer
 from omni.training_utils import run_stage
@@ -258,8 +259,30 @@ def test_padding_does_not_change_text(tokenizer: Tokenizer) -> None:
     longer, wider = F.pad(tokens, (0, 8), value=7), F.pad(valid, (0, 8))
     assert torch.allclose(model.encode_text(tokens, valid), model.encode_text(longer, wider), atol=1e-6)
     patches = torch.randn(2, SMALL.num_patches, SMALL.dim)
-    loss = model.caption_loss_sum(patches, tokens, valid)
-    assert torch.allclose(loss, model.caption_loss_sum(patches, longer, wider), rtol=1e-5)
+    loss = model.caption_loss_sum(patches, tokens, valid, unpadded(valid))
+    assert torch.allclose(loss, model.caption_loss_sum(patches, longer, wider, unpadded(wider)), rtol=1e-5)
+
+
+def test_texts_without_their_padding_teach_the_same(tokenizer: Tokenizer) -> None:
+    """The text tower and the captions with padding computed along and without, backward included."""
+    torch.manual_seed(0)
+    model = VisionEncoder(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size))
+    valid = torch.arange(14)[None] < torch.tensor([5, 14, 9, 2])[:, None]
+    tokens = torch.randint(1, tokenizer.vocab_size, (4, 14)) * valid
+    patches, weights_D = torch.randn(4, SMALL.num_patches, SMALL.dim), torch.randn(SMALL.text_dim)
+    ways = []
+    for words in (unpadded(valid), None):
+        model.zero_grad()
+        text_BE = model.encode_text(tokens, valid, words)
+        states = model.caption_states(patches, tokens, words)
+        states_ND = states[valid] if words is None else states[0, : int(valid.sum())]
+        (text_BE[:, 0].sum() + (states_ND * weights_D).sum()).backward()
+        ways.append((text_BE, states_ND, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(ways[0][0], ways[1][0])
+    torch.testing.assert_close(ways[0][1], ways[1][1])
+    assert ways[0][2].keys() == ways[1][2].keys()
+    for name, grad in ways[0][2].items():
+        torch.testing.assert_close(grad, ways[1][2][name], rtol=1e-4, atol=1e-4 * float(grad.abs().max()), msg=name)
 
 
 def test_the_model_is_what_it_says(tokenizer: Tokenizer) -> None:

@@ -19,7 +19,6 @@ from omni.config import DataConfig, UserError
 from omni.data.entries import type_name
 from omni.data.images import read_image_size
 from omni.data.manifest import RULES, Manifest, Row, path_problem, scan_jsonl, too_long
-from omni.data.stream import Batch, pad_to
 from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, needed_steps, turn_text
 
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
@@ -300,92 +299,3 @@ class ChatEncoder:
 def _append(encoded: Encoded, tokens: list[int], learned: bool) -> None:
     encoded.tokens += tokens
     encoded.labels += tokens if learned else [IGNORE] * len(tokens)
-
-
-@dataclass
-class ChatBatch(Batch):
-    """Chats padded on the right (training) or left (generation), and the encoder features of their media.
-
-    Attributes:
-        tokens_BT: tokens; placeholders where media stand.
-        labels_BT: the next token where the assistant speaks, IGNORE elsewhere.
-        replay_B: True for plain text.
-        valid_BT: False at padding.
-        patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
-        states_NTD: audio encoder states of all recordings, padded with zeros.
-        positions_N: positions that each recording takes.
-        transcripts_NS: tokens of each recording's transcript, padded.
-        num_transcript_N: how many; 0 where there is none, or none that fits.
-        pixels_N3HW: the pictures themselves, uint8, where their encoder is trained; ``patches_NPD`` is empty then.
-        frames_NFM: log-mel frames of the recordings, padded, likewise; ``states_NTD`` is empty then.
-        num_frames_N: how many of them are not padding.
-    """
-
-    tokens_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    replay_B: torch.Tensor
-    valid_BT: torch.Tensor
-    patches_NPD: torch.Tensor
-    states_NTD: torch.Tensor
-    positions_N: torch.Tensor
-    transcripts_NS: torch.Tensor
-    num_transcript_N: torch.Tensor
-    pixels_N3HW: torch.Tensor | None = None
-    frames_NFM: torch.Tensor | None = None
-    num_frames_N: torch.Tensor | None = None
-
-
-Features = Callable[[str], torch.Tensor]
-
-
-def collate_chats(
-    chats: Sequence[Encoded],
-    image_features: Features,
-    audio_features: Features,
-    pad_id: int,
-    left: bool = False,
-    multiple: int = 16,
-) -> ChatBatch:
-    """One batch from encoded chats; features come from whatever computed or kept them."""
-    B, T = len(chats), max(len(chat.tokens) for chat in chats)
-    T = T if left else pad_to(T, multiple)
-    tokens, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORE)
-    valid = torch.zeros(B, T, dtype=torch.bool)
-    for row, chat in enumerate(chats):
-        size = len(chat.tokens)
-        where = slice(T - size, T) if left else slice(0, size)
-        tokens[row, where] = torch.tensor(chat.tokens)
-        labels[row, where] = torch.tensor(chat.labels)
-        valid[row, where] = True
-    transcripts = [chat.transcript for chat in chats for _ in chat.audios]
-    transcripts_NS = torch.zeros(len(transcripts), max(map(len, transcripts), default=0), dtype=torch.long)
-    for row, spoken in enumerate(transcripts):
-        transcripts_NS[row, : len(spoken)] = torch.tensor(spoken, dtype=torch.long)
-    images = [image_features(path) for chat in chats for path in chat.images]
-    audios = [audio_features(path) for chat in chats for path in chat.audios]
-    positions = [size for chat in chats for size in chat.audio_positions]
-    states = torch.zeros(
-        len(audios), max((len(item) for item in audios), default=0), audios[0].shape[1] if audios else 0
-    )
-    for row, item in enumerate(audios):
-        states[row, : len(item)] = item
-    replay = torch.tensor([chat.replay for chat in chats])
-    num_labels_B = (labels != IGNORE).sum(1)
-    counts = {
-        "answers": int(num_labels_B[~replay].sum()),
-        "replay": int(num_labels_B[replay].sum()),
-        "transcripts": sum(map(len, transcripts)),
-        "tokens": int(valid.sum()),
-    }
-    return ChatBatch(
-        counts,
-        tokens,
-        labels,
-        replay,
-        valid,
-        torch.stack(images) if images else torch.zeros(0, 0, 0),
-        states,
-        torch.tensor(positions, dtype=torch.long),
-        transcripts_NS,
-        torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
-    )

@@ -21,6 +21,7 @@ from omni.data.entries import type_name
 from omni.data.manifest import RULES, Manifest, Row, manifest_of, raise_problems, scan_json_list, settle, text_problems
 from omni.data.stream import Batch, pad_to
 from omni.files import describe_content, file_problem
+from omni.models.segments import Unpadded, unpadded
 from omni.parallel import map_small
 from omni.runtime import log
 from omni.tokenizer import Tokenizer, plain_text
@@ -211,12 +212,16 @@ class ImageBatch(Batch):
             are wrong for one of them.
         valid_NT: False at padding.
         same_BN: True where text n is the caption of picture i, or is worded like it.
+        words: where ``valid_NT`` is True.
+        caption_words: where it is in the first B rows.
     """
 
     pixels_B3HW: torch.Tensor
     tokens_NT: torch.Tensor
     valid_NT: torch.Tensor
     same_BN: torch.Tensor
+    words: Unpadded
+    caption_words: Unpadded
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,8 @@ class Captioned:
         same_BN = (tokens_NT[: len(samples), None] == tokens_NT[None]).all(-1)
         counts = {"images": len(samples), "tokens": sum(len(caption) for caption in captions)}
         pixels_B3HW = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
-        return ImageBatch(counts, pixels_B3HW, tokens_NT, valid_NT, same_BN)
+        words, caption_words = unpadded(valid_NT), unpadded(valid_NT[: len(samples)])
+        return ImageBatch(counts, pixels_B3HW, tokens_NT, valid_NT, same_BN, words, caption_words)
 
 
 def vary(pixels_3HW: np.ndarray, rng: np.random.Generator, max_shift: float = 1 / 16) -> np.ndarray:

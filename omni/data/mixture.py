@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from omni.config import UserError
-from omni.data.dialogue import ChatBatch, Encoded
+from omni.data.chat_batch import ChatBatch
+from omni.data.dialogue import Encoded
 from omni.data.stream import Quota
 from omni.data.text import document_spans
 from omni.tokenizer import Tokenizer

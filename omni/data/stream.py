@@ -27,6 +27,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from omni import ranks
 from omni.config import DataConfig, UserError
 from omni.console import log
+from omni.models.segments import Segments, Unpadded
 from omni.parallel import map_small
 from omni.processes import die_with_parent
 
@@ -45,7 +46,7 @@ class Batch:
         moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=True)
             for item in dataclasses.fields(self)
-            if isinstance(value := getattr(self, item.name), torch.Tensor)
+            if isinstance(value := getattr(self, item.name), torch.Tensor | Segments | Unpadded)
         }
         return dataclasses.replace(self, **moved)
 

@@ -20,6 +20,7 @@ from omni.config import DataConfig, UserError
 from omni.data.manifest import RULES, problems_of, raise_problems, read_text_file, settle, too_long
 from omni.data.stream import Batch
 from omni.files import file_problem
+from omni.models.segments import Segments
 from omni.tokenizer import ASSISTANT, END, IGNORE, MAX_LINE_BYTES, SYSTEM, USER, Tokenizer
 
 
@@ -31,21 +32,13 @@ class TextBatch(Batch):
         tokens_BT: tokens.
         labels_BT: the token that follows each of them, IGNORE where none does.
         answers_BT: True where that token is the assistant's, by the markup of chats.
-        documents_BT: number of the document that each token belongs to, counted in its window; all 0 when documents
-            are not to be kept apart.
+        segments: the documents of the windows, where they do not see each other; None: each window is one.
     """
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
     answers_BT: torch.Tensor
-    documents_BT: torch.Tensor
-
-    def mask(self) -> torch.Tensor | None:
-        """Positive attention mask [B, 1, T, T] that keeps documents apart, or None where each window is one."""
-        if not bool(self.documents_BT.any()):
-            return None
-        same = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
-        return same.tril()[:, None]
+    segments: Segments | None = None
 
 
 def scan_text(path: str | Path, rules: DataConfig = RULES) -> tuple[str, list[str]]:
@@ -242,11 +235,15 @@ def is_answer(tokens_BT: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return (last_BT >= 0) & (mark_BT == tokenizer.special[ASSISTANT])
 
 
-def _text_batch(tokens: np.ndarray, labels: np.ndarray, documents: np.ndarray, tokenizer: Tokenizer) -> TextBatch:
+def _text_batch(
+    tokens: np.ndarray, labels: np.ndarray, tokenizer: Tokenizer, segments: Segments | None = None
+) -> TextBatch:
     answers = is_answer(tokens, tokenizer) & (labels != IGNORE)
     counts = {"tokens": int((labels != IGNORE).sum()), "answers": int(answers.sum())}
-    parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens, labels, answers, documents))
-    return TextBatch(counts, *parts)
+    tokens_BT, labels_BT, answers_BT = (
+        torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens, labels, answers)
+    )
+    return TextBatch(counts, tokens_BT, labels_BT, answers_BT, segments)
 
 
 class PackedDocuments:
@@ -284,16 +281,17 @@ class PackedDocuments:
         """Put the documents of each window one after the other; what is left is a document without labels."""
         shape = len(samples), self.ctx_len
         tokens, labels = np.full(shape, self.tokenizer.pad_id), np.full(shape, IGNORE)
-        documents = np.zeros(shape, dtype=np.int64)
+        lengths: list[int] = []
         for row, window in enumerate(samples):
             at = 0
-            for number, document in enumerate(window):
+            for document in window:
                 end = at + len(document)
-                tokens[row, at:end], documents[row, at:end] = document, number
+                tokens[row, at:end] = document
+                lengths.append(len(document))
                 at = end
             labels[row, : at - 1] = tokens[row, 1:at]
-            documents[row, at:] = len(window)
-        return _text_batch(tokens, labels, documents, self.tokenizer)
+            lengths.append(self.ctx_len - at)
+        return _text_batch(tokens, labels, self.tokenizer, Segments(lengths))
 
 
 class PackedText:
@@ -328,7 +326,7 @@ class PackedText:
         """Stack windows."""
         windows = np.stack(samples)
         tokens_BT = windows[:, :-1]
-        return _text_batch(tokens_BT, windows[:, 1:], np.zeros_like(tokens_BT), self.tokenizer)
+        return _text_batch(tokens_BT, windows[:, 1:], self.tokenizer)
 
 
 def _quoted(tokens: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from omni.audio import load_audio
-from omni.data.dialogue import Chat, Encoded, collate_chats
+from omni.data.chat_batch import collate_chats
+from omni.data.dialogue import Chat, Encoded
 from omni.data.images import load_image
 from omni.evaluate.omni import Examiner, say
 from omni.evaluate.sample_media import save_pixels, save_sound

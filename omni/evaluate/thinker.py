@@ -33,7 +33,7 @@ class TextLikelihood:
     @torch.no_grad()
     def add(self, batch: TextBatch) -> None:
         """Predict one batch of windows."""
-        states = self.thinker(self.thinker.embed(batch.tokens_BT), mask=batch.mask()).final_BTD
+        states = self.thinker(self.thinker.embed(batch.tokens_BT), mask=batch.segments).final_BTD
         logits = self.thinker.logits(states).float()
         nats_BT = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, reduction="none", ignore_index=IGNORE)
         self.nats += nats_BT.sum(1).tolist()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from omni.models.kv_cache import KVCache
+from omni.models.segments import Segments
 
 _kernels: list[str] = []  # the kind of device that operations are chosen for, where it is not the tensor's own
 _PLAIN_LIMIT = 384 * 384  # scores a head; from 512 x 512 on the fused kernel is as fast and needs less memory
@@ -183,17 +184,20 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Segments | None,
         cache: KVCache | None,
     ) -> torch.Tensor:
         """Attend; see :class:`Block` for the arguments."""
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.num_heads, self.head_dim))
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if isinstance(mask, Segments):
+            assert cache is None, "segments are for learning; what is decoded has rows"
+            return self.o_proj(mask.attend(attend, q, k, v.to(q.dtype), self.causal).flatten(2))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = attend(q, k, v.to(q.dtype), mask, causal=self.causal and mask is None and T > 1)
@@ -318,6 +322,11 @@ class Block(nn.Module):
         self.checkpointed = False
         self._compiled: Callable[..., torch.Tensor] | None = None
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it learns through ``torch.compile``."""
+        return self._compiled is not None
+
     def compile_training(self) -> None:
         """From now on learn through ``torch.compile``; what is not learned from is computed as before."""
         self._compiled = torch.compile(self._compute)
@@ -326,7 +335,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Segments | None = None,
         cache: KVCache | None = None,
         valid_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -335,13 +344,17 @@ class Block(nn.Module):
         Args:
             x_BTD: positions [B, T, D].
             rotary: cosine and sine of the positions, or None without rotary positions.
-            mask: positive mask [B or 1, 1, T, all positions], True where attention is allowed; None: causal or full.
+            mask: positive mask [B or 1, 1, T, all positions], True where attention is allowed; or the segments that
+                are attended over apart (causal or full); None: causal or full.
             cache: keys and values of earlier positions, extended in place.
             valid_BT: False at padding, for the convolution module.
         """
         if cache is not None or not torch.is_grad_enabled():
             return self._compute(x_BTD, rotary, mask, cache, valid_BT)
         compute = self._compiled or self._compute
+        if self._compiled is not None and isinstance(mask, Segments):
+            # it is compiled for one shape, where segments have ever others
+            mask = mask.mask(len(x_BTD), x_BTD.shape[1], self.self_attn.causal)
         if self.checkpointed:
             y_BTD: torch.Tensor = checkpoint(compute, x_BTD, rotary, mask, None, valid_BT, use_reentrant=False)
             return y_BTD
@@ -351,7 +364,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | Segments | None,
         cache: KVCache | None,
         valid_BT: torch.Tensor | None,
     ) -> torch.Tensor:

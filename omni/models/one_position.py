@@ -19,13 +19,14 @@ from torch import nn
 
 from omni.models.kv_cache import KVCache
 from omni.models.layers import Block
+from omni.models.segments import Segments
 
 
 def run_block(
     block: nn.Module,
     x_BTD: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
+    mask: torch.Tensor | Segments | None,
     cache: KVCache | None,
 ) -> torch.Tensor:
     """``block(x_BTD, rotary, mask, cache)``, in the shortest way."""
@@ -36,6 +37,7 @@ def run_block(
         cache is not None and x_BTD.shape[1] == 1 and not learns
         and (block.self_attn.layer in cache.joined or _is_plain(block))
     ):  # fmt: skip
+        assert not isinstance(mask, Segments)
         return block_at_one_position(block, x_BTD, rotary, mask, cache)
     y_BTD: torch.Tensor = block(x_BTD, rotary, mask, cache)
     return y_BTD

@@ -26,6 +26,7 @@ from omni.models.layers import (
     quiet_residual_outputs,
 )
 from omni.models.one_position import run_block
+from omni.models.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Thinker(nn.Module):
         self,
         embeddings_BTD: torch.Tensor,
         positions_BT: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Segments | None = None,
         cache: KVCache | None = None,
         states_of: Sequence[int] = (),
     ) -> ThinkerOutput:
@@ -127,7 +128,8 @@ class Thinker(nn.Module):
         Args:
             embeddings_BTD: from :meth:`embed`, a projector, or both.
             positions_BT: rotary positions; by default they continue the cache's, counting from 0.
-            mask: positive mask [B, 1, T, positions in the cache + T] for left-padded batches; None: causal.
+            mask: positive mask [B, 1, T, positions in the cache + T] for left-padded batches; or the segments, each
+                of which sees itself alone; None: causal.
             cache: extended in place; the same states come out as from one pass over everything.
             states_of: layers whose input states are wanted.
         """

@@ -18,20 +18,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from omni.config import Problem
+from omni.models.cross_attention import SPREAD, AttentionPool, CrossAttention
 from omni.models.layers import (
     Block,
     KVCache,
     RMSNorm,
-    attend,
     check_finite,
     init_weights,
     quiet_residual_outputs,
     scale_residual_outputs,
 )
+from omni.models.segments import Unpadded
+from omni.tokenizer import IGNORE
 
-# of learned positions, and of words in the text tower: with the usual 0.02 the first norm multiplies their gradients by
-# 35, and patches hardly know where they are beside a stem's output of spread 1
-_SPREAD = 0.5
 _MAX_SCALE = 100.0  # of the inverse temperature, as in CLIP (Radford et al., 2021), which starts at 1 / 0.07
 
 
@@ -91,60 +90,6 @@ class VisionOutput:
 
     patches_BPD: torch.Tensor
     pooled_BE: torch.Tensor
-
-
-class CrossAttention(nn.Module):
-    """Queries of one sequence over the states of another, with RMSNorm on queries and keys as in the other layers."""
-
-    def __init__(self, dim: int, memory_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(memory_dim, dim, bias=False)
-        self.v_proj = nn.Linear(memory_dim, dim, bias=False)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
-
-    def forward(
-        self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor, valid_BP: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[B, T, D] from queries [B, T, D] and memory [B, P, memory_dim]; ``valid_BP`` is False at padding."""
-        q, k = self._queries_and_keys(x_BTD, memory_BPD)
-        v = self.v_proj(memory_BPD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        mask = None if valid_BP is None else valid_BP[:, None, None, :]
-        y = attend(q, k, v.to(q.dtype), mask, causal=False)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def weights(self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor) -> torch.Tensor:
-        """What each query takes from each state, [B, H, T, P]; they sum to 1 over P."""
-        q, k = self._queries_and_keys(x_BTD, memory_BPD)
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1)
-
-    def _queries_and_keys(self, x_BTD: torch.Tensor, memory_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q = self.q_norm(self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
-        return q, self.k_norm(self.k_proj(memory_BPD).unflatten(-1, (self.num_heads, -1))).transpose(1, 2)
-
-
-class AttentionPool(nn.Module):
-    """One learned query over all states, then a unit vector (the pooling head of SigLIP, Zhai et al., 2023)."""
-
-    def __init__(self, dim: int, num_heads: int, embed_dim: int) -> None:
-        super().__init__()
-        self.query_1D = nn.Parameter(torch.randn(1, dim) * _SPREAD)
-        self.attention = CrossAttention(dim, dim, num_heads)
-        self.norm = RMSNorm(dim)
-        self.proj = nn.Linear(dim, embed_dim, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, D] to unit vectors [B, E] in fp32: the temperature multiplies their errors by up to 100."""
-        query_B1D = self.query_1D.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
-        pooled_BD = self.attention(query_B1D, x_BTD, valid_BT)[:, 0]
-        return F.normalize(self.proj(self.norm(pooled_BD)).float(), dim=-1)
-
-    def weights(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """What the pooled vector takes from each state, [B, T], mean over the heads."""
-        query_B1D = self.query_1D.to(x_BTD.dtype).expand(len(x_BTD), 1, -1)
-        return self.attention.weights(query_B1D, x_BTD)[:, :, 0].mean(dim=1)
 
 
 class ResidualConv(nn.Module):
@@ -217,7 +162,7 @@ class TextTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.text_dim)
-        self.positions_TD = nn.Parameter(torch.randn(config.max_text_len, config.text_dim) * _SPREAD)
+        self.positions_TD = nn.Parameter(torch.randn(config.max_text_len, config.text_dim) * SPREAD)
         self.blocks = nn.ModuleList(
             Block(
                 config.text_dim, config.text_heads, config.text_hidden_dim, layer, causal=False, dropout=config.dropout
@@ -227,12 +172,17 @@ class TextTower(nn.Module):
         self.norm = RMSNorm(config.text_dim)
         self.pool = AttentionPool(config.text_dim, config.text_heads, config.embed_dim)
 
-    def forward(self, tokens_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, E]."""
+    def forward(self, tokens_BT: torch.Tensor, valid_BT: torch.Tensor, words: Unpadded | None = None) -> torch.Tensor:
+        """Unit vectors [B, E]; see :meth:`VisionEncoder.encode_text`."""
         x = self.embed_tokens(tokens_BT) + self.positions_TD[: tokens_BT.shape[1]]
+        if words is None or self.blocks[0].compiled:  # for rows, which have few shapes
+            for block in self.blocks:
+                x = block(x, mask=valid_BT[:, None, None, :])
+            return self.pool(self.norm(x), valid_BT)
+        x_1ND = words.of(x)
         for block in self.blocks:
-            x = block(x, mask=valid_BT[:, None, None, :])
-        return self.pool(self.norm(x), valid_BT)
+            x_1ND = block(x_1ND, mask=words.segments)
+        return self.pool(words.padded(self.norm(x_1ND)[0]), valid_BT)
 
 
 class CaptionLayer(nn.Module):
@@ -246,10 +196,12 @@ class CaptionLayer(nn.Module):
             config.text_dim, config.text_heads, config.text_hidden_dim, layer, causal=True, dropout=config.dropout
         )
 
-    def forward(self, x_BTD: torch.Tensor, patches_BPD: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """One layer; ``cache`` holds the words before."""
-        x_BTD = self.block(x_BTD, cache=cache)
-        return x_BTD + self.look(self.norm(x_BTD), patches_BPD)
+    def forward(
+        self, x_BTD: torch.Tensor, patches_BPD: torch.Tensor, cache: KVCache | None, words: Unpadded | None
+    ) -> torch.Tensor:
+        """One layer; ``cache`` holds the words before, ``words`` are where [1, N, D] lie in the captions."""
+        x_BTD = self.block(x_BTD, mask=None if words is None else words.segments, cache=cache)
+        return x_BTD + self.look(self.norm(x_BTD), patches_BPD, rows=words)
 
 
 class CaptionDecoder(nn.Module):
@@ -268,12 +220,18 @@ class CaptionDecoder(nn.Module):
         return self.start_D.expand(batch_size, 1, -1)
 
     def forward(
-        self, x_BTD: torch.Tensor, patches_BPD: torch.Tensor, start: int = 0, cache: KVCache | None = None
+        self,
+        x_BTD: torch.Tensor,
+        patches_BPD: torch.Tensor,
+        start: int = 0,
+        cache: KVCache | None = None,
+        words: Unpadded | None = None,
     ) -> torch.Tensor:
-        """Final states [B, T, D] of inputs at positions ``start`` and on."""
+        """Final states [B, T, D] of inputs at positions ``start`` and on; of ``words`` alone, [1, N, D]."""
         x = x_BTD + self.positions_TD[start : start + x_BTD.shape[1]]
+        x = x if words is None else words.of(x)
         for layer in self.layers:
-            x = layer(x, patches_BPD, cache)
+            x = layer(x, patches_BPD, cache, words)
         return self.norm(x)
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
@@ -298,7 +256,7 @@ class VisionEncoder(nn.Module):
         self.captioner = CaptionDecoder(config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         init_weights(self)
-        nn.init.normal_(self.text.embed_tokens.weight, std=_SPREAD)
+        nn.init.normal_(self.text.embed_tokens.weight, std=SPREAD)
         for blocks in (self.image.blocks, self.text.blocks):
             scale_residual_outputs(blocks)
         # as in the Thinker: at first nothing covers the words so far, by which the decoder finds its place
@@ -326,22 +284,47 @@ class VisionEncoder(nn.Module):
         check_finite(output.pooled_BE, "the vectors of the pictures")
         return output
 
-    def encode_text(self, tokens_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, E] of captions; ``valid_BT`` is False at padding, which changes nothing."""
-        return self.text(tokens_BT, valid_BT)
+    def encode_text(
+        self, tokens_BT: torch.Tensor, valid_BT: torch.Tensor, words: Unpadded | None = None
+    ) -> torch.Tensor:
+        """Unit vectors [B, E] of captions.
 
-    def caption_states(self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """States [B, T, D] that every token of the captions is told by, from the patches and the tokens before it."""
+        Args:
+            tokens_BT: captions, each with its end token.
+            valid_BT: False at padding, which changes nothing.
+            words: where ``valid_BT`` is True, for blocks that shall read nothing else.
+        """
+        return self.text(tokens_BT, valid_BT, words)
+
+    def caption_states(
+        self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor, words: Unpadded | None = None
+    ) -> torch.Tensor:
+        """States [B, T, D] that every token of the captions is told by, from the patches and the tokens before it.
+
+        Of ``words`` alone: [1, N, D].
+        """
         before = self.captioner.embed_tokens(tokens_BT[:, :-1])
         inputs = torch.cat([self.captioner.begin(len(tokens_BT)).to(before.dtype), before], dim=1)
-        return self.captioner(inputs, patches_BPD)
+        return self.captioner(inputs, patches_BPD, words=words)
 
     def caption_loss_sum(
-        self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor, valid_BT: torch.Tensor
+        self, patches_BPD: torch.Tensor, tokens_BT: torch.Tensor, valid_BT: torch.Tensor, words: Unpadded
     ) -> torch.Tensor:
-        """Cross-entropy of the captions' tokens, end token included, given the patch tokens; summed."""
-        states_ND = self.caption_states(patches_BPD, tokens_BT)[valid_BT]
-        return F.cross_entropy(self.captioner.logits(states_ND).float(), tokens_BT[valid_BT], reduction="sum")
+        """Cross-entropy of the captions' tokens, end token included, given the patch tokens; summed.
+
+        Args:
+            patches_BPD: patch tokens.
+            tokens_BT: captions, each with its end token.
+            valid_BT: False at padding.
+            words: where ``valid_BT`` is True.
+        """
+        labels_BT = tokens_BT.masked_fill(~valid_BT, IGNORE)
+        if self.text.blocks[0].compiled:  # for rows, which have few shapes
+            states_BTD = self.caption_states(patches_BPD, tokens_BT)
+        else:
+            states_BTD, labels_BT = self.caption_states(patches_BPD, tokens_BT, words), words.of(labels_BT)
+        logits_BTV = self.captioner.logits(states_BTD).float()
+        return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="sum")
 
     @torch.no_grad()
     def count_right_tokens(self, pixels_B3HW: torch.Tensor, tokens_BT: torch.Tensor, valid_BT: torch.Tensor) -> int:
