@@ -20,7 +20,12 @@ Result = TypeVar("Result")
 
 def map_small(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """``function`` of every item, in order; it must not depend on the caller's autocast or gradient mode."""
-    return list(_pool().map(function, items))
+    items, pool = list(items), _pool()
+    # a few pieces are handed over at once: what takes microseconds would take twice as long in handing over alone
+    size = max(1, min(16, len(items) // (4 * torch.get_num_threads())))
+    parts = (items[start : start + size] for start in range(0, len(items), size))
+    done = pool.map(lambda part: [function(item) for item in part], parts)
+    return [result for part in done for result in part]
 
 
 @functools.cache

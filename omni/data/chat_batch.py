@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -74,21 +74,23 @@ def collate_chats(
         left: pad on the left, for generation.
         joined: one row, in which the chats stand one behind the other, so that next to nothing is padding.
     """
-    sizes = [len(chat.tokens) for chat in chats]
+    sizes_B = np.array([len(chat.tokens) for chat in chats])
     if joined:
-        B, T = 1, pad_to(sum(sizes), 64)  # a multiple: few shapes, as far as chats allow
-        places = [(0, end - size) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        valid = np.arange(pad_to(int(sizes_B.sum()), 64))[None] < sizes_B.sum()  # a multiple: few shapes
+    elif left:
+        valid = np.arange(sizes_B.max())[::-1] < sizes_B[:, None]
     else:
-        B, T = len(chats), max(sizes) if left else pad_to(max(sizes), 16)
-        places = [(row, T - size if left else 0) for row, size in enumerate(sizes)]
-    tokens, labels, positions = torch.full((B, T), pad_id), torch.full((B, T), IGNORE), torch.zeros(B, T).long()
-    valid, replay = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
-    for chat, size, (row, start) in zip(chats, sizes, places, strict=True):
-        where = slice(start, start + size)
-        tokens[row, where] = torch.tensor(chat.tokens)
-        labels[row, where] = torch.tensor(chat.labels)
-        positions[row, where] = torch.arange(size)
-        valid[row, where], replay[row, where] = True, chat.replay
+        valid = np.arange(pad_to(int(sizes_B.max()), 16)) < sizes_B[:, None]
+
+    def laid_out(values_N: np.ndarray, fill: int) -> torch.Tensor:
+        """What all chats have, one behind the other, where it belongs in the rows."""
+        rows = np.full(valid.shape, fill, dtype=values_N.dtype)
+        rows[valid] = values_N  # row by row, as both are
+        return torch.from_numpy(rows)
+
+    labels = laid_out(np.concatenate([chat.labels for chat in chats]), IGNORE)
+    replay = laid_out(np.repeat([chat.replay for chat in chats], sizes_B), False)
+    within_N = np.arange(sizes_B.sum()) - np.repeat(sizes_B.cumsum() - sizes_B, sizes_B)
     transcripts = [torch.tensor(chat.transcript, dtype=torch.long) for chat in chats for _ in chat.audios]
     images = [image_features(path) for chat in chats for path in chat.images]
     audios = [audio_features(path) for chat in chats for path in chat.audios]
@@ -97,19 +99,19 @@ def collate_chats(
         "answers": int(((labels != IGNORE) & ~replay).sum()),
         "replay": int(((labels != IGNORE) & replay).sum()),
         "transcripts": sum(map(len, transcripts)),
-        "tokens": int(valid.sum()),
+        "tokens": int(sizes_B.sum()),
     }
     return ChatBatch(
         counts,
-        tokens,
+        laid_out(np.concatenate([chat.tokens for chat in chats]), pad_id),
         labels,
         replay,
-        valid,
+        torch.from_numpy(np.ascontiguousarray(valid)),
         torch.stack(images) if images else torch.zeros(0, 0, 0),
         pad_sequence(audios, batch_first=True) if audios else torch.zeros(0, 0, 0),
         positions_N,
         pad_sequence(transcripts, batch_first=True) if transcripts else torch.zeros(0, 0).long(),
         torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
-        segments=Segments([*sizes, T - sum(sizes)]) if joined else None,
-        positions_BT=positions if joined else None,
+        segments=Segments([*sizes_B, valid.size - sizes_B.sum()]) if joined else None,
+        positions_BT=laid_out(within_N, 0) if joined else None,
     )

