@@ -24,6 +24,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from omni.config import UserError
 from omni.data import espeak
 from omni.data.holdouts import check
 from omni.data.lexicon import grammar_words, lexicon
@@ -446,7 +447,7 @@ def test_size_and_package_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="nano"):
         synthesize("huge", tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="uv sync --extra synth"):
+    with pytest.raises(UserError, match="uv sync --extra synth"):
         synthesize("test", tmp_path)
     assert not (tmp_path / "test").exists()
 

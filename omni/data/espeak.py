@@ -26,6 +26,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omni.config import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -109,11 +111,11 @@ def voice_settings(name: str) -> Voice:
 
 
 def require() -> None:
-    """Raise unless speech can be synthesized here."""
+    """Raise UserError unless speech can be synthesized here."""
     if importlib.util.find_spec("espeakng_loader") is None:
-        raise RuntimeError(REMEDY)
+        raise UserError(REMEDY)
     if not hasattr(os, "fork"):
-        raise RuntimeError("speech synthesis forks a process an utterance and so needs Linux or macOS (or WSL).")
+        raise UserError("speech synthesis forks a process an utterance and so needs Linux or macOS (or WSL).")
 
 
 def speak_all(jobs: Sequence[Job], processes: int | None = None) -> Speaking:

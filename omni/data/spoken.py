@@ -65,8 +65,7 @@ def speak_texts(paths: Sequence[Path], out: Path, most: int, seed: int = 0, proc
         The manifest (wav,text,speaker).
 
     Raises:
-        UserError: for a file that cannot be read, or texts without a sentence to speak.
-        RuntimeError: when there is no espeak-ng here.
+        UserError: for a file that cannot be read, texts without a sentence to speak, or when there is no espeak-ng.
     """
     found = list(dict.fromkeys(sentence for path in paths for sentence in sentences(read_text_file(path))))
     if not found:
