@@ -14,14 +14,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from omni.checkpoint import fingerprint
 from omni.config import PhaseConfig, Problem, RowsDataConfig, StageConfig, to_dict
 from omni.data.parts import read_parts
 from omni.data.speech import Augmentation, SpeechBatch, Transcribed, scan_speech_manifest
 from omni.data.stream import BatchStream, ordered_batches
 from omni.evaluate.audio_enc import Recognition
+from omni.load import load_audio_encoder
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig, ctc_loss_sum, transcripts
 from omni.runtime import Precision
 from omni.training_utils import Run, Stage, run_stage
@@ -53,6 +57,7 @@ class AudioConfig(StageConfig):
     data: SpeechData
     model: AudioEncoderConfig
     train: PhaseConfig
+    audio_ckpt: str | None = None  # a finished stage B to go on from, in its shape; for recordings that are few
 
 
 def loss(encoder: AudioEncoder, batch: SpeechBatch) -> dict[str, torch.Tensor]:
@@ -65,9 +70,13 @@ def build(config: AudioConfig, precision: Precision) -> Run:
     """The encoder and its one phase."""
     parts = read_parts(scan_speech_manifest, "wav", "text", config.data)
     encoder = AudioEncoder(config.model)
+    lineage: dict[str, Any] = {"data": parts.fingerprint}
+    if config.audio_ckpt is not None:
+        encoder = load_audio_encoder(config.audio_ckpt)
+        lineage |= {"audio_enc": fingerprint(Path(config.audio_ckpt))}
 
     def train() -> Stage:
-        steps, mel, data = encoder.num_steps, config.model.mel, config.data
+        steps, mel, data = encoder.num_steps, encoder.config.mel, config.data
         training = Transcribed(
             parts.training, mel, steps, Augmentation(data.spec_augment, data.warp, data.noise), "training", data
         )
@@ -93,7 +102,7 @@ def build(config: AudioConfig, precision: Precision) -> Run:
             config.run.seed,
             training.lengths,
             config.run.num_workers,
-            short_first=True,
+            short_first=config.audio_ckpt is None,  # who hears already needs no easy beginning
             rules=config.data,
             left_out=parts.left_out + training.recordings.left_out,
         )
@@ -103,9 +112,9 @@ def build(config: AudioConfig, precision: Precision) -> Run:
         kind="audio_enc",
         model=encoder,
         phases=[("train", train)],
-        model_config=to_dict(config.model),
+        model_config=to_dict(encoder.config),
         data_may_change=config.data.on_bad_sample == "skip",
-        lineage={"data": parts.fingerprint},
+        lineage=lineage,
     )
 
 

@@ -17,6 +17,8 @@ from omni.config import RowsDataConfig, UserError
 from omni.data.parts import read_parts
 from omni.data.speech import Augmentation, Recordings, Transcribed, read_speech_manifest, scan_speech_manifest
 from omni.evaluate.audio_enc import infeasible, recognize
+from omni.inspection.ancestry import ancestry
+from omni.inspection.facts import read_checkpoint
 from omni.load import load_audio_encoder
 from omni.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from omni.tokenizer import needed_steps
@@ -55,6 +57,24 @@ def test_trains_resumes_and_can_be_loaded(
     again = run_here(*STAGE, "--config", path, "--save_dir", tmp_path / "again")
     assert again.returncode == 0 and "step 20)" in again.stdout
     assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
+
+
+def test_goes_on_from_a_finished_one(babble: Path, tmp_path: Path, write_config: Write, run_here: RunStage) -> None:
+    """`audio_ckpt`: weights and shape are those of the file, whatever the configuration has; it is an ancestor."""
+    path = write_config(config(babble / "asr.csv", tmp_path / "first"))
+    assert run_here(*STAGE, "--config", path).returncode == 0
+    first = tmp_path / "first" / "audio_enc.pt"
+    words = ("--save_dir", tmp_path / "then", "--audio_ckpt", first, "--model.dim", 64, "--max_steps", 1, "--lr", 1e-9)
+    done = run_here(*STAGE, "--config", path, *words)
+    assert done.returncode == 0, done.stderr
+    before, after = load_audio_encoder(first), load_audio_encoder(tmp_path / "then" / "audio_enc.pt")
+    assert after.config == before.config and after.config.dim == 48
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    (parent,) = ancestry(read_checkpoint(tmp_path / "then" / "audio_enc.pt")).inputs
+    assert (parent.kind, parent.state, parent.path) == ("audio_enc", "same", first)
+    missing = run_here(*STAGE, "--config", path, *words[:2], "--audio_ckpt", tmp_path / "none.pt", "--fresh")
+    assert missing.returncode == 1 and "none.pt: no such checkpoint, expected a finished audio_enc" in missing.stderr
 
 
 @pytest.mark.parametrize(
