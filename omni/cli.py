@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     speak.add_argument("texts", nargs="+", type=Path, metavar="FILE.txt")
     speak.add_argument("--out", required=True, type=Path, metavar="DIR", help="for wavs/ and spoken.csv")
     speak.add_argument("--sentences", type=int, default=2000, metavar="N", help="at most; default: 2000")
+    speak.add_argument("--pace", type=float, default=1.0, metavar="X", help="0.5 to 2; 1 is 13 characters a second")
     speak.add_argument("--seed", type=int, default=0)
     speak.set_defaults(function=_speak_data)
     check = kinds.add_parser("check", help="read all data that configurations name; list all problems")
@@ -352,7 +353,9 @@ def _speak_data(words: argparse.Namespace) -> int:
 
     if words.sentences < 1:
         raise UserError(f"--sentences: found {words.sentences}, expected 1 or more", exit_code=2)
-    manifest = speak_texts(words.texts, words.out, words.sentences, words.seed)
+    if not 0.5 <= words.pace <= 2:
+        raise UserError(f"--pace: found {words.pace:g}, expected 0.5 to 2", exit_code=2)
+    manifest = speak_texts(words.texts, words.out, words.sentences, words.seed, words.pace)
     rows = len(manifest.read_text(encoding="utf-8").splitlines()) - 1
     print(f"{manifest}: {rows:,} recordings")
     return 0

@@ -56,6 +56,8 @@ def test_the_command_writes_recordings_that_a_seed_decides(tmp_path: Path, capsy
 
     again = speak_texts([text], tmp_path / "again", 2, seed=3, processes=1)
     assert digest(again.parent) == digest(out)
+    faster = speak_texts([text], tmp_path / "faster", 2, seed=3, pace=1.5)
+    assert (faster.parent / rows[0]["wav"]).stat().st_size < 0.85 * (out / rows[0]["wav"]).stat().st_size
     assert speak_texts([text], tmp_path / "all", 100).read_text(encoding="utf-8").count("\n") == 4
 
 
@@ -71,6 +73,8 @@ def test_what_cannot_be_spoken_is_said(
         speak_texts([tmp_path / "none.txt"], tmp_path / "out", 10)
     assert main(["data", "speak", str(text), "--out", str(tmp_path / "out"), "--sentences", "0"]) == 2
     assert "--sentences: found 0, expected 1 or more" in capsys.readouterr().err
+    assert main(["data", "speak", str(text), "--out", str(tmp_path / "out"), "--pace", "9"]) == 2
+    assert "--pace: found 9, expected 0.5 to 2" in capsys.readouterr().err
     text.write_text(TEXT, encoding="utf-8")
     monkeypatch.setattr(espeak.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="espeak-ng is not installed"):

@@ -28,6 +28,7 @@ class Recorder:
 
     folder: Path
     seed: int
+    pace: float = 1.0  # of all utterances, beside the voices' own 13 characters a second
     jobs: list[Job] = field(default_factory=list)
     _counts: dict[str, int] = field(default_factory=dict)
     _said: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -46,7 +47,7 @@ class Recorder:
         again = (before,) if before else ()
         scale = 1 + 0.16 * (key(self.seed, "rate", voice, text, *again) - 0.5) if vary or before else 1.0
         noise_seed = int(key(self.seed, "noise", voice, text, *again) * 2**31)
-        self.jobs.append(Job(text, voice, str((self.folder / wav).absolute()), scale, noise_seed))
+        self.jobs.append(Job(text, voice, str((self.folder / wav).absolute()), self.pace * scale, noise_seed))
         return Recording(wav, text, voice)
 
 
