@@ -10,15 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory as pin_by_data_loader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from omni.data.stream import Batch, BatchStream, ordered_batches, pad_to
+from omni.data.stream import Batch, BatchStream, _Prepared, ordered_batches, pad_to
+from omni.models.segments import Unpadded, unpadded
 from omni.parallel import map_small
 
 
 @dataclass
 class Numbers(Batch):
     x: torch.Tensor
+
+
+@dataclass
+class Captions(Numbers):
+    words: Unpadded
 
 
 class Samples:
@@ -125,6 +132,31 @@ def test_small_pieces_of_work_keep_their_order_and_leave_the_threads_of_the_call
     assert torch.get_num_threads() == before
     with pytest.raises(ZeroDivisionError):
         map_small(lambda number: 1 // number, [1, 0])
+
+
+def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, and by DataLoader's own function for what workers prepared; pinning itself needs a GPU."""
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = unpadded(torch.tensor([[True, False], [True, True]]), multiple=1)
+    batch = Captions({"items": 2}, torch.arange(3), words)
+    segments = words.segments
+    parts = [batch.x, words.places_N, segments.numbers_N, segments.places_M, segments.padding_P, segments.back_N]
+    masks = [group.mask for group in segments.groups if group.mask is not None]
+    assert masks  # a row of one position beside one of two
+    from_worker = pin_by_data_loader(_Prepared([0, 1], batch, {}))
+    assert sorted(pinned) == sorted(part.data_ptr() for part in [*parts, *masks])
+    assert from_worker.batch is not batch and torch.equal(from_worker.batch.x, batch.x)
+    pinned.clear()
+    next(BatchStream(Samples(4), 2, seed=0))
+    assert len(pinned) == 1
+    assert pin_by_data_loader(_Prepared([0], None, {})).batch is None
 
 
 def test_a_worker_that_ends_while_it_hands_over_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,10 @@ class Unpadded(NamedTuple):
         places_N = self.places_N.to(device, non_blocking=non_blocking)
         return Unpadded(places_N, self.segments.to(device, non_blocking), self.shape)
 
+    def pin_memory(self) -> Unpadded:
+        """The same in memory that a GPU reads by itself."""
+        return Unpadded(self.places_N.pin_memory(), self.segments.pin_memory(), self.shape)
+
 
 def unpadded(valid_BT: torch.Tensor, multiple: int = 64) -> Unpadded:
     """Where rows that are True at ``valid_BT`` lie; ``multiple``: few shapes, as far as there is padding."""
@@ -128,17 +132,21 @@ class Segments:
         self.numbers_N = torch.from_numpy(np.arange(len(sizes)).repeat(sizes))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Segments:
-        """The same on a device; itself where it is there already."""
-        if self.back_N.device == device:
-            return self
-        moved = object.__new__(Segments)
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Segments:
+        """The same in memory that a GPU reads by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
+        changed = object.__new__(Segments)
         for name in ("numbers_N", "places_M", "padding_P", "back_N"):
-            setattr(moved, name, getattr(self, name).to(device, non_blocking=non_blocking))
-        moved.groups = [
-            group._replace(mask=None if group.mask is None else group.mask.to(device, non_blocking=non_blocking))
-            for group in self.groups
+            setattr(changed, name, change(getattr(self, name)))
+        changed.groups = [
+            group._replace(mask=None if group.mask is None else change(group.mask)) for group in self.groups
         ]
-        return moved
+        return changed
 
     def mask(self, B: int, T: int, causal: bool) -> torch.Tensor:
         """The same as a positive mask [B, 1, T, T], for rows of which no segment crosses an end."""
