@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,15 @@ class Recording:
     wav: str
     text: str
     speaker: str
+
+
+def as_csv(rows: Sequence[Recording]) -> str:
+    """A manifest of recordings, as CSV."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("wav", "text", "speaker"))
+    writer.writerows((row.wav, row.text, row.speaker) for row in rows)
+    return buffer.getvalue()
 
 
 @dataclass

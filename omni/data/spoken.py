@@ -7,8 +7,6 @@ observation (Rosenberg et al., 2019, "Speech recognition with augmented synthesi
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,7 @@ from omni.atomic import write_whole
 from omni.config import UserError
 from omni.data.espeak import TRAIN_VOICES, require, speak_all
 from omni.data.manifest import read_text_file
-from omni.data.recordings import Recorder, turns_of
+from omni.data.recordings import Recorder, as_csv, turns_of
 from omni.speech_text import SpokenWord, spoken_words
 
 MANIFEST = "spoken.csv"
@@ -83,16 +81,12 @@ def speak_texts(
     manifest.unlink(missing_ok=True)  # it stands where the folder is whole
     recorder = Recorder(out, seed, pace)
     voices = turns_of(TRAIN_VOICES, rng)
-    rows = [recorder.record("spoken", sentence, voice) for sentence, voice in zip(chosen, voices, strict=False)]
+    rows = [recorder.record("spoken", sentence, next(voices)) for sentence in chosen]
     with speak_all(recorder.jobs, processes) as speaking:
         speaking.wait()
     ours = {Path(job.path).name for job in recorder.jobs}
     for path in (out / "wavs").glob("spoken_*.wav*"):
         if path.name not in ours:
             path.unlink()
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("wav", "text", "speaker"))
-    writer.writerows((row.wav, row.text, row.speaker) for row in rows)
-    write_whole(manifest, buffer.getvalue().encode())
+    write_whole(manifest, as_csv(rows).encode())
     return manifest

@@ -6,13 +6,11 @@ the folder is whole. Everything depends on (size, seed) alone: each file is the 
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from omni.data.chats import Picture
 from omni.data.drawing import draw
 from omni.data.espeak import JUDGE_VOICES, UNSEEN_VOICES, require, speak_all
 from omni.data.holdouts import check
-from omni.data.recordings import Recording
+from omni.data.recordings import as_csv
 from omni.data.world import PLACES, World
 from omni.data.world_plan import SIZES, Plan, make_plan
 
@@ -49,7 +47,7 @@ def synthesize(size: str, out: Path, seed: int = 0, processes: int | None = None
         _write_texts(plan, folder)
         spoken = speaking.wait()
     for name, rows in plan.speech.items():
-        _write(folder / "audio" / f"{name}.csv", _csv(rows))
+        _write(folder / "audio" / f"{name}.csv", as_csv(rows))
     _remove_strays(folder, plan)
     seconds = {str(Path(path).relative_to(folder.absolute() / "audio")): length for path, length in spoken.items()}
     check(folder, plan.world, set(plan.voices))
@@ -66,15 +64,6 @@ def _write(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)  # noqa: PTH105 - the same call everywhere that files must appear whole
-
-
-def _csv(rows: Sequence[Recording]) -> str:
-    """Return a manifest of recordings."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("wav", "text", "speaker"))
-    writer.writerows((row.wav, row.text, row.speaker) for row in rows)
-    return buffer.getvalue()
 
 
 def _write_texts(plan: Plan, folder: Path) -> None:
