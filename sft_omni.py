@@ -40,12 +40,10 @@ from omni.losses import next_token_loss_sum
 from omni.models.lora import LoRAConfig, adapters, add_adapters, merged
 from omni.models.omni import OmniConfig, OmniModel
 from omni.models.projector import ProjectorConfig, match_rms
-from omni.models.transcript import transcript_loss_sum
 from omni.runtime import Precision, log
 from omni.talker_stage import talker_stage
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer
 from omni.training_utils import Run, Stage, run_stage
-from omni.transcript_stage import as_chats, refuse_without_transcripts, transcript_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +56,9 @@ class ChatData(DataConfig, FeatureCacheConfig):
     replay_text: str | None = None  # stage A's text, so that the Thinker does not forget it
     replay_share: float = 0.1  # of all samples
     replay_weight: float = 0.3  # of their loss, per token, beside that of the answers
-    transcript_weight: float = 1.0  # of the CTC loss of the recordings' transcripts, per token
     replay_anew: bool = False  # each epoch replays other documents of the text; false: always the first ones
     task_weights: dict[str, float] = field(default_factory=dict)  # how often a task occurs in an epoch; 1 by default
     val_questions: int = 64  # asked at each validation, of each task
-    recordings: str | None = None  # stage B's, wav,text: phase `transcripts` hears the Thinker's words in them too
     speech_train: str | None = None  # recordings on which the Talker follows the fine-tuned Thinker: wav,text,speaker
     speech_val: str | None = None
 
@@ -75,9 +71,8 @@ class ChatData(DataConfig, FeatureCacheConfig):
         for task, weight in self.task_weights.items():
             if not 0 <= weight < float("inf"):
                 yield Problem(f"task_weights.{task}", str(weight), "0 (never) or more")
-        for key in ("replay_weight", "transcript_weight"):
-            if not getattr(self, key) >= 0:
-                yield Problem(key, str(getattr(self, key)), "0 or more")
+        if not self.replay_weight >= 0:
+            yield Problem("replay_weight", str(self.replay_weight), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -111,12 +106,11 @@ class OmniSFTConfig(StageConfig):
     projectors: PhaseConfig  # the projectors alone
     sft: PhaseConfig  # projectors and what is not frozen
     talker: PhaseConfig  # for a Talker that gets states: on those of the Thinker as it is now
-    transcripts: PhaseConfig | None = None  # first of all: the audio projector alone, as text, without the Thinker
     freeze_thinker: bool = False  # phase `sft` leaves the Thinker as it is
     freeze_encoders: bool = True  # false: phase `sft` trains them along, and their features are computed in every step
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # phase `sft` trains adapters of the Thinker instead of it
     lr_ratios: LRRatios = field(default_factory=LRRatios)
-    hear_words: bool = True  # recordings enter the Thinker as the words heard in them; false: as projected states
+    with_words: bool = True  # behind a recording's projected states stand the words that were heard in it
     ctx_len: int = 0  # 0: the Thinker's
     val_sentences: int = 16  # generated and graded at each validation of the Talker
 
@@ -126,29 +120,24 @@ class OmniSFTConfig(StageConfig):
             yield Problem("freeze_thinker", f"true with lora.rank {self.lora.rank}", "one of the two")
         if (self.data.speech_train is None) != (self.data.speech_val is None):
             yield Problem("data.speech_val", "speech_train without speech_val or the reverse", "both or neither")
-        if self.data.recordings is not None and self.transcripts is None:
-            yield Problem("transcripts", "null with data.recordings", "the phase that reads them, or no recordings")
         if self.image_projector.context:
             yield Problem("image_projector.context", str(self.image_projector.context), "0: only recordings have one")
 
 
 def loss(model: OmniModel, batch: ChatBatch) -> dict[str, torch.Tensor]:
-    """Cross-entropy of the assistant's tokens and of replayed text, CTC loss of known transcripts; summed.
+    """Cross-entropy of the assistant's tokens and of replayed text; summed.
 
     Answers and replay are two terms: a window of text has ten times the labels of an answer, and in one sum would be
     most of the gradient.
     """
     patches_NPD, states_NTD = perceive(model, batch)
-    heard_NSD, log_probs_NSV = model.hear(states_NTD, batch.positions_N)
-    x = model.embed(batch.tokens_BT, patches_NPD, heard_NSD, batch.positions_N)
+    x = model.embed(batch.tokens_BT, patches_NPD, states_NTD, batch.positions_N)
     final_BTD = model.thinker(x, batch.positions_BT, batch.segments).final_BTD
     labels = {
         "answers": batch.labels_BT.masked_fill(batch.replay_BT, IGNORE),
         "replay": batch.labels_BT.masked_fill(~batch.replay_BT, IGNORE),
     }
-    sums = {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
-    transcripts = batch.positions_N, batch.transcripts_NS, batch.num_transcript_N
-    return sums | {"transcripts": transcript_loss_sum(log_probs_NSV, *transcripts)}
+    return {term: next_token_loss_sum(model.thinker, final_BTD, labels_BT) for term, labels_BT in labels.items()}
 
 
 class ChatPhases:
@@ -158,9 +147,17 @@ class ChatPhases:
         self, model: OmniModel, tokenizer: Tokenizer, parts: ChatParts, config: OmniSFTConfig, precision: Precision
     ) -> None:
         self.model, self.tokenizer, self.config, self.precision = model, tokenizer, config, precision
-        self.features = FeatureStore(model, FeatureCache.of(config.data, config.save_dir / "cache"), config.data)
+        self.features = FeatureStore(
+            model,
+            tokenizer,
+            FeatureCache.of(config.data, config.save_dir / "cache"),
+            config.data,
+            lambda: load_thinker(config.thinker_ckpt)[0].to(precision.device),
+        )
         ctx_len = config.ctx_len or model.thinker.config.ctx_len
-        self.encoder = ChatEncoder(tokenizer, model.image_positions, self.features.audio_positions, ctx_len)
+        self.encoder = ChatEncoder(
+            tokenizer, model.image_positions, self.features.audio_positions, self.features.words, ctx_len
+        )
         self.collate = functools.partial(
             collate_chats,
             image_features=self.features.image,
@@ -168,8 +165,7 @@ class ChatPhases:
             pad_id=tokenizer.pad_id,
             joined=not config.run.compile,  # blocks are compiled for rows
         )
-        recordings = as_chats(parts.recordings)
-        self._chats = {"training": parts.training, "validation": parts.validation, "recordings": recordings}
+        self._chats = {"training": parts.training, "validation": parts.validation}
         self._num_read = {part: len(found) for part, found in self._chats.items()}
         self._left_out = parts.left_out
         tasks = sorted({chat.task for chat in parts.training})
@@ -209,16 +205,14 @@ class ChatPhases:
 
         With ``live`` they carry their media themselves, for encoders that are trained.
         """
-        found, data = self.chats("training", encoded=not live), self.config.data
+        found, data = self.chats("training", encoded=not live or self.config.with_words), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.media]
         self.encoder.begin_count()
-        encoded = [self.encoder.example(chat.messages, chat.transcript, chat.where) for chat in found]
+        encoded = [self.encoder.example(chat.messages, chat.where) for chat in found]
         cuts, ctx_len, report = self.encoder.cuts, self.encoder.ctx_len, self.encoder.report
         if cuts:
             log.warning("%d of %d chats were cut to %d positions: %s", cuts, len(found), ctx_len, report)
-        if self.encoder.unfit:
-            log.info("%d transcripts have more tokens than their recordings have positions: unused", self.encoder.unfit)
         replay = list[Encoded]()
         if thinker and data.replay_text is not None:
             text, cache = read_text(data.replay_text, data), self.config.save_dir / "cache"
@@ -245,14 +239,6 @@ class ChatPhases:
             targets += batch.counts["answers"]
         return {"loss": total / targets, **quiz(Examiner(model, self.tokenizer, self.features), chats, self.config)}
 
-    def transcripts(self) -> Stage:
-        """The audio projector as a recognizer of the Thinker's tokens, on stage B's recordings and the chats'."""
-        assert self.config.transcripts is not None
-        chats = [*self.chats("recordings"), *self.chats("training")], self.chats("validation")
-        left_out = self._num_read["recordings"] - len(self._chats["recordings"])
-        settings, run = self.config.transcripts, self.config.run
-        return transcript_stage(self.model, self.encoder, self.collate, chats, settings, run, left_out)
-
     def projectors(self) -> Stage:
         """The projectors alone."""
         parts: list[torch.nn.Module] = _projectors(self.model)
@@ -267,7 +253,9 @@ class ChatPhases:
             minds = adapters(model.thinker) or [model.thinker]
             parts, rates = [*parts, *minds], rates + [ratios.thinker] * len(minds)
         if not config.freeze_encoders:
-            parts, rates = [*parts, model.vision_encoder.image, model.audio_encoder], [*rates, *[ratios.encoders] * 2]
+            # what CTC reads would go wrong with an encoder that is trained along without its transcripts
+            encoders = [model.vision_encoder.image, *([] if config.with_words else [model.audio_encoder])]
+            parts, rates = [*parts, *encoders], [*rates, *[ratios.encoders] * len(encoders)]
         return self._stage(parts, rates, config.sft, not config.freeze_thinker, live=not config.freeze_encoders)
 
     def _stage(
@@ -281,22 +269,20 @@ class ChatPhases:
             samples, settings.batch_size, run.seed, samples.lengths, run.num_workers, rules=data, left_out=left_out,
             quotas=samples.quotas,
         )  # fmt: skip
-        weights = {"answers": 1.0, "replay": data.replay_weight, "transcripts": data.transcript_weight}
+        weights = {"answers": 1.0, "replay": data.replay_weight}
         evaluate = functools.partial(self.evaluate, live=live)
         return Stage(trains, stream, loss, evaluate, settings, weights, unit="tokens", lr_ratios=lr_ratios)
 
 
 def _projectors(model: OmniModel) -> list[torch.nn.Module]:
-    return [model.image_projector, model.audio_projector, model.transcript_head]
+    return [model.image_projector, model.audio_projector]
 
 
 def build(config: OmniSFTConfig, precision: Precision) -> Run:
     """The fused model and its phases."""
     data = config.data
     speech = (data.speech_train, data.speech_val) if data.speech_train and data.speech_val else None
-    parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data.recordings, data)
-    if config.hear_words:
-        refuse_without_transcripts(data.train, parts.training, parts.recordings)
+    parts = read_chat_parts(data.train, data.val, speech, data.replay_text, data)
     model, tokenizer, lineage = assemble(config)
     chats = ChatPhases(model, tokenizer, parts, config, precision)
 
@@ -321,8 +307,6 @@ def build(config: OmniSFTConfig, precision: Precision) -> Run:
         )
 
     phases: list[tuple[str, Callable[[], Stage]]] = [("projectors", chats.projectors), ("sft", chats.sft)]
-    if config.transcripts is not None:
-        phases = [("transcripts", chats.transcripts), *phases]
     if parts.speech and model.speech.config.talker.state_dim:  # without states there is nothing new for it to learn
         phases.append(("talker", talker))
     return Run(
@@ -354,7 +338,7 @@ def assemble(config: OmniSFTConfig) -> tuple[OmniModel, Tokenizer, dict[str, Any
         speech.config,
         config.image_projector,
         config.audio_projector,
-        config.hear_words,
+        config.with_words,
     )
     model = OmniModel(omni_config, tokenizer.special[IMAGE], tokenizer.special[AUDIO])
     parts = {"thinker": thinker, "audio_encoder": audio_encoder, "vision_encoder": vision_encoder, "speech": speech}

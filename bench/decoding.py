@@ -259,7 +259,7 @@ def draft(words: argparse.Namespace, device: torch.device) -> None:
     data = read_summary(checkpoint)["config"]["data"]
     chats = read_chats(words.sft or data["test"] or data["val"])
     chats = spread(chats, words.chats)
-    features = FeatureStore(model, cache_of(checkpoint))
+    features = FeatureStore(model, tokenizer, cache_of(checkpoint))
     paths = [[path for chat in chats for path in chat.paths(kind)] for kind in ("image", "audio")]
     features.add(*paths)
     encoder = Examiner(model, tokenizer, features).encoder

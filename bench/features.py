@@ -1,12 +1,9 @@
 """What the feature cache saves: an epoch of a phase of stage E without it, the first one with it, and the second.
 
     python -m bench.features configs/omni_sft_nano.json --chats 1280
-    python -m bench.features configs/omni_sft_micro.json --phase transcripts --chats 3200
 
-In phase `projectors` a sample passes through the Thinker, in `transcripts` a recording through its projector and the
-transcript head alone.
-
-Each epoch begins as a run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read
+Features are those of pictures and recordings, and the words of these. The phase is `projectors`. Each epoch begins as a
+run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read
 from the disk, then the chats are trained on once. All three see the same batches, and end with the same weights.
 """
 
@@ -42,34 +39,31 @@ class Epoch(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def epoch(config: OmniSFTConfig, parts: ChatParts, phase: str, precision: Precision) -> Epoch:
+def epoch(config: OmniSFTConfig, parts: ChatParts, precision: Precision) -> Epoch:
     """Encode or read the features of the samples, and train on them once."""
     seed_everything(config.run.seed)
     model, tokenizer, _ = assemble(config)
     model.to(precision.device).eval()
     phases = ChatPhases(model, tokenizer, parts, config, precision)
-    num_samples = len(parts.recordings or parts.training)
     began = time.perf_counter()
     with precision.autocast():
-        phases.chats("recordings" if parts.recordings else "training")
+        phases.chats("training")
     features = time.perf_counter() - began
-    run = Run("omni", model, [(phase, getattr(phases, phase))], to_dict(model.config))
+    run = Run("omni", model, [("projectors", phases.projectors)], to_dict(model.config))
     loop = Rehearsal(run, config, precision)
     for _ in loop.phases():
-        for _ in range(-(-num_samples // loop.stage.config.batch_size)):
+        for _ in range(-(-len(parts.training) // loop.stage.config.batch_size)):
             loop.step()
     whole = time.perf_counter() - began
     return Epoch(features, whole, {name: parameter.detach().clone() for name, parameter in loop.named})
 
 
-def some_parts(config: OmniSFTConfig, phase: str, num: int) -> ChatParts:
-    """What a phase reads, with so many samples, evenly spread: recordings, or chats with pictures or recordings."""
-    data, alone = config.data, phase == "transcripts"
-    parts = read_chat_parts(data.train, data.val, None, None, data.recordings if alone else None, data)
-    chats = [] if alone else spread([chat for chat in parts.training if chat.media], num)
-    return dataclasses.replace(
-        parts, training=chats, recordings=spread(parts.recordings, num), validation=spread(parts.validation, 32)
-    )
+def some_parts(config: OmniSFTConfig, num: int) -> ChatParts:
+    """What the phase reads, with so many chats with pictures or recordings, evenly spread."""
+    data = config.data
+    parts = read_chat_parts(data.train, data.val, None, None, data)
+    chats = spread([chat for chat in parts.training if chat.media], num)
+    return dataclasses.replace(parts, training=chats, validation=spread(parts.validation, 32))
 
 
 def spread(found: Sequence[Item], num: int) -> list[Item]:
@@ -81,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the three epochs; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.json")
-    parser.add_argument("--phase", choices=("projectors", "transcripts"), default="projectors", help="(projectors)")
-    parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings, or recordings (1280)")
+    parser.add_argument("--chats", type=int, default=1280, help="with pictures or recordings (1280)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     words = parser.parse_args(arguments)
     log.setLevel("ERROR")
@@ -91,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(OmniSFTConfig, words.config)
         precision = setup_compute(RunConfig(device=words.device))
         data = config.data
-        if words.phase == "transcripts" and (config.transcripts is None or data.recordings is None):
-            raise UserError(f"{words.config}: found no phase transcripts, expected one, and data.recordings")
-        parts = some_parts(config, words.phase, words.chats)
+        parts = some_parts(config, words.chats)
         found = {}
         with tempfile.TemporaryDirectory() as folder:
             for name, gigabytes in (
@@ -103,12 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ):
                 own = dataclasses.replace(data, feature_cache=f"{folder}/cache", feature_cache_gb=gigabytes)
                 run = dataclasses.replace(config.run, save_dir=f"{folder}/{name}")
-                found[name] = epoch(dataclasses.replace(config, data=own, run=run), parts, words.phase, precision)
+                found[name] = epoch(dataclasses.replace(config, data=own, run=run), parts, precision)
                 print(f"{name}: {found[name].whole:.1f} s, of which features {found[name].features:.1f} s", flush=True)
         plain, second = found["no cache"], found["second epoch"]
         print(
             f"second epoch: features {plain.features / second.features:.1f} times as fast, "
-            f"all of it {plain.whole / second.whole:.2f} times; {len(parts.recordings or parts.training)} samples"
+            f"all of it {plain.whole / second.whole:.2f} times; {len(parts.training)} chats"
         )
         for one in found.values():
             if any(not torch.equal(plain.weights[name], weight) for name, weight in one.weights.items()):

@@ -19,10 +19,10 @@ from omni.config import DataConfig, RunConfig, UserError
 from omni.data.dialogue import ChatEncoder, Encoded, Message, TooLongError
 from omni.data.images import load_image
 from omni.decoding import Draft
-from omni.evaluate.audio_enc import transcribe
 from omni.features import encode_frames, encode_pixels
 from omni.generate import AnswerSettings, Generation
 from omni.generate_speech import Mind, embed_speakers
+from omni.hearing import words_heard
 from omni.load import load_draft, load_omni
 from omni.models.omni import OmniModel
 from omni.prompt_pieces import PromptPiece, prompt_pieces
@@ -86,11 +86,12 @@ def longest_end(
 class Media:
     """The pictures and recordings of one conversation, by name. Features are those that training and evaluation see."""
 
-    def __init__(self, model: OmniModel, rules: DataConfig = MEDIA_RULES) -> None:
-        self._model, self._rules = model, rules
+    def __init__(self, model: OmniModel, tokenizer: Tokenizer, rules: DataConfig = MEDIA_RULES) -> None:
+        self._model, self._tokenizer, self._rules = model, tokenizer, rules
         self._pixels: dict[str, torch.Tensor] = {}
         self._frames: dict[str, torch.Tensor] = {}
         self._features: dict[str, torch.Tensor] = {}
+        self._words: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._pixels or name in self._frames
@@ -123,7 +124,7 @@ class Media:
     def keep(self, names: Iterable[str]) -> None:
         """Forget all others."""
         wanted = set(names)
-        for held in (self._pixels, self._frames, self._features):
+        for held in (self._pixels, self._frames, self._features, self._words):
             for name in held.keys() - wanted:
                 del held[name]
 
@@ -131,6 +132,15 @@ class Media:
         """Positions that a recording takes in the Thinker's sequence."""
         num_states_1 = self._model.audio_encoder.num_states(torch.tensor([len(self._frames[name])]))
         return self._model.audio_positions(int(num_states_1))
+
+    def words(self, name: str) -> str:
+        """What is said in a recording (:mod:`omni.hearing`); nothing where the model does not take it."""
+        if not self._model.config.with_words:
+            return ""
+        if name not in self._words:
+            model = self._model
+            self._words[name] = words_heard(model.audio_encoder, model.thinker, self._tokenizer, [self.audio(name)])[0]
+        return self._words[name]
 
     def image(self, name: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -184,7 +194,7 @@ class Assistant:
 
     def media(self) -> Media:
         """Room for a conversation's pictures and recordings."""
-        return Media(self.model)
+        return Media(self.model, self.tokenizer)
 
     @property
     def _room(self) -> int:
@@ -212,10 +222,13 @@ class Assistant:
             TooLongError: when it leaves no room for an answer.
         """
         self.check_size(messages)
-        encoder = ChatEncoder(self.tokenizer, self.model.image_positions, media.audio_positions, self.ctx_len)
+        encoder = ChatEncoder(
+            self.tokenizer, self.model.image_positions, media.audio_positions, media.words, self.ctx_len
+        )
         encoded = encoder.prompt(messages, self._room)
         if encoder.audio_cuts:
-            heard = f"expected at most {self.seconds_heard:.1f} s of them together"
+            words = f" and {self.ctx_len // 4} tokens of words" if self.model.config.with_words else ""
+            heard = f"expected at most {self.seconds_heard:.1f} s{words} of them together"
             raise TooLongError(f"the chat's recordings are too long, {heard}")
         return encoded
 
@@ -266,5 +279,6 @@ class Assistant:
         return self.model.speech.voice(voice.name)
 
     def transcribe(self, frames_FM: torch.Tensor) -> str:
-        """What the audio encoder hears in a recording, given as log-mel frames."""
-        return transcribe(self.model.audio_encoder, [frames_FM])[0]
+        """What is said in a recording, given as log-mel frames."""
+        encoder = self.model.audio_encoder
+        return words_heard(encoder, self.model.thinker, self.tokenizer, encode_frames(encoder, [frames_FM]))[0]

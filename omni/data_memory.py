@@ -68,7 +68,7 @@ def _num_entries(path: str) -> int:
 
 
 def _features(values: dict[str, Any], paths: Sequence[str]) -> int:
-    """Features of the distinct pictures and recordings of chats, and of the table of recordings, fp16."""
+    """Features of the distinct pictures and recordings of chats, fp16."""
     found: dict[str, dict[Path, None]] = {"image": {}, "audio": {}}
     for path in map(Path, paths):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -79,8 +79,6 @@ def _features(values: dict[str, Any], paths: Sequence[str]) -> int:
     sounds = list(found["audio"])
     asked = sounds[:: max(1, len(sounds) // _ASKED)]
     seconds = sum(recording_seconds(path) for path in asked) / max(1, len(asked)) * len(sounds)
-    if values["data"]["recordings"]:
-        seconds += sum(map_small(seconds_of, rows_of(values["data"]["recordings"])))
     seeing = _shape(VisionConfig, values["vision_ckpt"])
     hearing = _shape(AudioEncoderConfig, values["audio_ckpt"])
     states = seconds * hearing.mel.frame_rate / hearing.reduction

@@ -18,14 +18,18 @@ from omni.data.dialogue import Encoded
 from omni.data.images import load_image
 from omni.data.manifest import RULES
 from omni.data.speech import pad_frames
+from omni.hearing import BEAM, MARGIN, WEIGHT, words_heard
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.layers import padding_mask
 from omni.models.omni import OmniModel
+from omni.models.thinker import Thinker
 from omni.models.vision_encoder import VisionEncoder
 from omni.parallel import map_small
 from omni.summary import read_summary
+from omni.tokenizer import Tokenizer
 
 _PREPROCESSING = 2  # to be raised whenever load_image, load_audio, log_mel or an encoder change what they return
+_HEARD_TOGETHER = 128  # recordings whose words are chosen, and kept, at a time
 _NO_CACHE = FeatureCache()
 
 
@@ -38,17 +42,34 @@ class UnusableMediaError(UserError):
 
 
 class FeatureStore:
-    """Features by path, kept in memory as fp16, and on disk with a ``cache``.
+    """Features by path, kept in memory as fp16, and on disk with a ``cache``; of recordings their words as well.
 
     For another encoder, a changed file or another precision they are encoded anew; what is found on disk is, bit for
     bit, what would be computed (:class:`omni.cache.FeatureCache`).
+
+    Args:
+        model: whose encoders they are of.
+        tokenizer: its own.
+        cache: where they are kept.
+        rules: limits of pictures.
+        thinker: gives the one that chooses among the words that may have been said; by default the model's. One that is
+            trained meanwhile would hear otherwise in a run that is resumed.
     """
 
-    def __init__(self, model: OmniModel, cache: FeatureCache = _NO_CACHE, rules: DataConfig = RULES) -> None:
-        self.model, self.cache, self.rules = model, cache, rules
+    def __init__(
+        self,
+        model: OmniModel,
+        tokenizer: Tokenizer,
+        cache: FeatureCache = _NO_CACHE,
+        rules: DataConfig = RULES,
+        thinker: Callable[[], Thinker] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.cache, self.rules = model, tokenizer, cache, rules
+        self._thinker = thinker or (lambda: model.thinker)
         self._images: dict[str, torch.Tensor] = {}
         self._audios: dict[str, torch.Tensor] = {}
         self._num_states: dict[str, int] = {}
+        self._words: dict[str, str] = {}
 
     def add(self, images: Iterable[str], audios: Iterable[str]) -> None:
         """Encode what is not there yet.
@@ -62,6 +83,24 @@ class FeatureStore:
         new = _new(audios, self._audios)
         self._audios |= zip(new, encode_recordings(hearing, new, cache=self.cache), strict=True)
         self._num_states |= {path: len(self._audios[path]) for path in new}
+        if new and self.model.config.with_words:
+            self._words |= zip(new, self._hear(new), strict=True)
+
+    def _hear(self, paths: Sequence[str]) -> list[str]:
+        """The words of recordings that are encoded."""
+        encoder, thinker, tokenizer = self.model.audio_encoder, self._thinker(), self.tokenizer
+        settings = [_made_by(encoder, encoder.config), tokenizer.hash, repr((BEAM, MARGIN, WEIGHT))]
+        made_by, found = cache_key([thinker], (), settings), list[str]()
+
+        def hear(rows: Sequence[str]) -> list[torch.Tensor]:
+            said = words_heard(encoder, thinker, tokenizer, [self._audios[path] for path in rows])
+            return [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in said]
+
+        for start in range(0, len(paths), _HEARD_TOGETHER):
+            rows = paths[start : start + _HEARD_TOGETHER]
+            bytes_of = self.cache.get("words", made_by, rows, functools.partial(hear, rows))
+            found += [bytes(item.tolist()).decode() for item in bytes_of]
+        return found
 
     def measure(self, audios: Iterable[str]) -> None:
         """Learn how many states recordings have, without encoding them. Raises UnusableMediaError."""
@@ -72,7 +111,7 @@ class FeatureStore:
 
     def forget(self) -> None:
         """Let go of all features, and keep none on disk from here on: the encoders have changed, and will again."""
-        self._images, self._audios, self.cache = {}, {}, _NO_CACHE
+        self._images, self._audios, self._words, self.cache = {}, {}, {}, _NO_CACHE
 
     def image(self, path: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -83,8 +122,12 @@ class FeatureStore:
         return self._audios[path].float()
 
     def audio_positions(self, path: str) -> int:
-        """Positions that a recording takes in the Thinker's sequence."""
+        """Positions that a recording's projected states take in the Thinker's sequence."""
         return self.model.audio_positions(self._num_states[path])
+
+    def words(self, path: str) -> str:
+        """What is said in a recording (:mod:`omni.hearing`); nothing where the model does not take it."""
+        return self._words[path] if self.model.config.with_words else ""
 
 
 def cache_of(checkpoint: Path) -> FeatureCache:

@@ -155,8 +155,7 @@ def generate(
 @torch.no_grad()
 def embed_batch(model: OmniModel, batch: ChatBatch) -> torch.Tensor:
     """Embeddings of a batch of prompts."""
-    heard_NSD, _ = model.hear(batch.states_NTD, batch.positions_N)
-    return model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
+    return model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
 
 
 def draft_prompts(draft: Draft, tokenizer: Tokenizer, prompts: Sequence[Encoded]) -> Prompts:

@@ -20,7 +20,8 @@ class Sample:
         texts: what went in, what came out, what would have been right, each with its label.
         pictures: JPEG or PNG files.
         sounds: Ogg files.
-        pieces: what the model read, in order: kind (mark, text, image or audio) and what stands there.
+        pieces: what the model read, in order: kind (mark, text, image, audio or words, which are what
+            was heard) and what stands there.
         right: whether the answer is the right one; None where there is no such thing.
     """
 

@@ -151,9 +151,9 @@ class _StandIns:
         text.write_text(self._some_text(ctx_len, self.data["replay_text"], 0), encoding="utf-8")
         self.data |= {"train": str(chats), "val": str(chats), "task_weights": {}, "feature_cache_gb": 0.0}
         self.data |= {"feature_cache": None, "replay_text": str(text) if self.data["replay_text"] else None}
-        for key in ("speech_train", "recordings"):
-            if self.data[key]:
-                self.data[key] = self._recordings(self.data[key], key)
+        self.values["with_words"] = False  # an untrained encoder hears anything: the chats say the words themselves
+        if self.data["speech_train"]:
+            self.data["speech_train"] = self._recordings(self.data["speech_train"], "speech_train")
         self.data["speech_val"] = self.data["speech_train"]
 
     # ---- data ----
@@ -231,7 +231,8 @@ class _StandIns:
         sounds = list(itertools.islice(self._noises(), self.wanted.num))
         for index, (sound, said) in enumerate(sounds):
             picture = {"type": "image", "image": self._picture(image_size, index % 8)}
-            parts = [[picture], [{"type": "audio", "audio": sound}], [picture, {"type": "audio", "audio": sound}], []]
+            spoken = [{"type": "audio", "audio": sound}, {"type": "text", "text": said}]
+            parts = [[picture], spoken, [picture, *spoken], []]
             content = parts[index % 4]
             question = " ".join(rng.choices(self.words[:400], k=12))
             answer = " ".join(rng.choices(self.words[:400], k=ctx_len if self.wanted.longest else 8))
@@ -239,12 +240,8 @@ class _StandIns:
                 {"role": "user", "content": [*content, {"type": "text", "text": question}]},
                 {"role": "assistant", "content": answer},
             ]
-            more = {"transcript": said} if index % 4 == 1 else {}
-            yield {
-                "task": ("image_qa", "speech_qa", "image_speech_qa", "text_qa")[index % 4],
-                **more,
-                "messages": turns,
-            }
+            task = ("image_qa", "speech_qa", "image_speech_qa", "text_qa")[index % 4]
+            yield {"task": task, "messages": turns}
 
     # ---- inputs ----
 

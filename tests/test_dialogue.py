@@ -11,6 +11,7 @@ from omni.data.chat_batch import collate_chats
 from omni.data.dialogue import ChatEncoder, Encoded, parse_messages, read_chats
 from omni.data.mixture import ChatSamples
 from omni.data.stream import BatchStream
+from omni.prompt_pieces import prompt_pieces
 from omni.tokenizer import AUDIO, IGNORE, IMAGE, Tokenizer, plain_text
 
 TEXT = ["the big red circle is left of the small blue square.", "how many shapes are there? two.", "yes no maybe"] * 20
@@ -21,8 +22,8 @@ def tokenizer():
     return Tokenizer.train(TEXT, 400)
 
 
-def encoder(tokenizer, ctx_len=128, audio=lambda path: 7):
-    return ChatEncoder(tokenizer, image_positions=4, audio_positions=audio, ctx_len=ctx_len)
+def encoder(tokenizer, ctx_len=128, audio=lambda path: 7, words=lambda path: ""):
+    return ChatEncoder(tokenizer, image_positions=4, audio_positions=audio, words=words, ctx_len=ctx_len)
 
 
 def chat(*turns):
@@ -66,14 +67,39 @@ def test_audio_takes_at_most_a_quarter_of_the_context(tokenizer):
     assert long.cuts == 1
 
 
-def test_a_transcript_must_fit_into_the_positions_of_its_recording(tokenizer):
-    heard = chat(("user", [{"type": "audio", "audio": "a.wav"}]), ("assistant", "yes"))
-    spoken = tokenizer.encode(" yes yes")
-    enough = len(spoken) + sum(a == b for a, b in itertools.pairwise(spoken))  # a blank parts equal tokens
-    for positions, transcript, unfit in ((enough, spoken, 0), (enough - 1, [], 1)):
-        short = encoder(tokenizer, audio=lambda path, positions=positions: positions)
-        assert short.example(heard, "yes yes").transcript == transcript
-        assert short.unfit == unfit
+def test_words_heard_stand_behind_their_recording_and_are_not_learned(tokenizer):
+    heard = {"a.wav": "the big red circle", "b.wav": "", "c.wav": "how many <|end|> shapes"}
+    content = [*({"type": "audio", "audio": name} for name in heard), {"type": "text", "text": "yes"}]
+    encoded = encoder(tokenizer, words=heard.__getitem__).example(chat(("user", content), ("assistant", "two")))
+    assert tokenizer.decode(encoded.tokens) == (
+        f"<|user|>{AUDIO * 7} the big red circle{AUDIO * 14} how many < |end|> shapes yes<|end|><|assistant|> two"
+    )
+    spoken = [len(tokenizer.encode(text)) for text in (" the big red circle", " how many < |end|> shapes")]
+    assert encoded.num_words == [spoken[0], 0, spoken[1]]
+    assert [label for label in encoded.labels if label != IGNORE] == [*tokenizer.encode(" two"), tokenizer.end_id]
+
+
+def test_words_take_at_most_a_quarter_of_the_context(tokenizer):
+    content = [{"type": "audio", "audio": name} for name in ("a.wav", "b.wav")]
+    short = encoder(tokenizer, ctx_len=40, audio=lambda path: 2, words=lambda path: "yes no maybe yes")
+    encoded = short.example(chat(("user", content), ("assistant", "two")))
+    assert 0 < encoded.num_words[1] < encoded.num_words[0] and sum(encoded.num_words) == 10
+    assert (short.cuts, short.audio_cuts, short.text_cuts) == (1, 1, 0)
+
+
+def test_of_a_recording_that_is_cut_away_no_words_are_left(tokenizer):
+    content = [{"type": "audio", "audio": name} for name in ("a.wav", "b.wav", "c.wav")]
+    long = encoder(tokenizer, ctx_len=64, audio=lambda path: 10, words=lambda path: "yes")
+    encoded = long.prompt(chat(("user", content)))
+    size = len(tokenizer.encode(" yes"))
+    assert encoded.audio_positions == [10, 6, 0] and encoded.num_words == [size, size, 0]
+    pieces = prompt_pieces(encoded, tokenizer, image_positions=4)
+    assert [(piece.kind, piece.text) for piece in pieces if piece.kind == "audio"] == [
+        ("audio", "a.wav"),
+        ("audio", "b.wav"),
+    ]
+    assert "".join(piece.text for piece in pieces if piece.kind == "words") == " yes yes"
+    assert sum(piece.positions for piece in pieces) == len(encoded.tokens)
 
 
 def test_pictures_and_recordings_keep_their_places_where_text_is_cut(tokenizer):
@@ -188,7 +214,7 @@ def test_padding_is_no_label_and_features_keep_their_order():
         Encoded([5], [6], images=["y"], audios=["z"], audio_positions=[2]),
     ]
     batch = collate_chats(chats, lambda p: torch.full((4, 2), float(ord(p))), lambda p: torch.ones(5, 3), pad_id=0)
-    assert batch.counts == {"answers": 4, "replay": 0, "transcripts": 0, "tokens": 4}
+    assert batch.counts == {"answers": 4, "replay": 0, "tokens": 4}
     assert batch.tokens_BT.shape[1] % 16 == 0 and (batch.labels_BT[1, 1:] == IGNORE).all()
     assert batch.patches_NPD[:, 0, 0].tolist() == [ord("x"), ord("y")]
     left = collate_chats(chats, lambda p: torch.ones(4, 2), lambda p: torch.ones(5, 3), pad_id=0, left=True)

@@ -14,7 +14,7 @@ from omni.tokenizer import Tokenizer
 from tests import toy_omni
 from tests.toy_omni import Toy
 
-DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=5)
+DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The fused model: what pictures and recordings do to it, and that decoding is the same however it is batched."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,6 @@ from omni.models.projector import (
     stack_states,
 )
 from omni.models.thinker import ThinkerConfig
-from omni.models.transcript import TranscriptHead, read_tokens, transcript_loss_sum
 from tests.small_shapes import AUDIO_SHAPE, speech_shape, vision_shape
 
 IMAGE, AUDIO, END = 2, 3, 4
@@ -89,8 +87,7 @@ def test_every_picture_patch_and_audio_state_reaches_the_logits(model):
 
 
 def embed(model, batch):
-    heard_NSD, _ = model.hear(batch.states_NTD, batch.positions_N)
-    return model.embed(batch.tokens_BT, batch.patches_NPD, heard_NSD, batch.positions_N)
+    return model.embed(batch.tokens_BT, batch.patches_NPD, batch.states_NTD, batch.positions_N)
 
 
 def test_zeroed_image_tokens_change_the_answers_logits_and_no_other_row(model):
@@ -114,8 +111,7 @@ def test_a_gradient_reaches_every_projector_and_thinker_parameter(model):
 
 def test_projected_features_have_the_rms_of_token_embeddings(model):
     wanted = model.thinker.embed_tokens.weight.square().mean().sqrt()
-    heard_NSD, _ = model.hear(torch.randn(2, 7, 16), torch.tensor([3, 3]))
-    projected = model.project_images(torch.randn(3, 16, 16)), heard_NSD
+    projected = model.project_images(torch.randn(3, 16, 16)), model.project_audio(torch.randn(2, 7, 16))
     for found in projected:
         assert torch.isclose(found.square().mean().sqrt(), wanted, rtol=0.02)
     assert projected[0].shape[1] == model.image_positions == 4
@@ -154,53 +150,6 @@ def test_a_position_sees_the_groups_beside_it():
     assert stack_states(states, 2, 1)[0].tolist() == [[0, 0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 0], [3, 4, 5, 0, 0, 0]]
     config = ProjectorConfig(stack=2, hidden_dim=8, context=1)
     assert build_projector(1, 10, config)(stack_states(states, 2, 1)).shape == (1, 3, 10)
-
-
-def spelled(head, embeddings_VD, *rows):
-    """Log-probabilities that say, almost surely, these symbols: 0 nothing, 1 + t the token t."""
-    symbols_NS = torch.tensor(rows)
-    return torch.nn.functional.one_hot(symbols_NS, 1 + len(embeddings_VD)).float().mul(50).log_softmax(-1)
-
-
-def test_heard_words_stand_in_a_row_as_their_embeddings():
-    torch.manual_seed(0)
-    head, embeddings_VD = TranscriptHead(4), torch.randn(9, 4)
-    # "3 3 5", then "7" in a recording of four positions; what is beyond does not count
-    log_probs = spelled(head, embeddings_VD, [0, 4, 0, 4, 4, 6], [8, 8, 0, 0, 2, 2])
-    sizes = torch.tensor([6, 4])
-    assert read_tokens(log_probs, sizes) == [[3, 3, 5], [7]]
-    heard = head.as_written(log_probs, embeddings_VD, sizes)
-    blank = head.blank_D.detach()
-    wanted = [[blank, blank, blank, *embeddings_VD[[3, 3, 5]]], [blank, blank, blank, embeddings_VD[7]]]
-    for found, rows in zip(heard, wanted, strict=True):
-        torch.testing.assert_close(found[: len(rows)], torch.stack(rows), atol=1e-5, rtol=0)
-
-
-def test_an_unsure_word_is_the_mean_of_what_it_may_be():
-    torch.manual_seed(0)
-    head, embeddings_VD = TranscriptHead(4), torch.randn(3, 4)
-    log_probs = torch.tensor([[[0.1, 0.6, 0.3, 1e-9]]]).log().requires_grad_(True)
-    heard = head.as_written(log_probs, embeddings_VD, torch.tensor([1]))
-    wanted = 0.1 * head.blank_D + 0.6 * embeddings_VD[0] + 0.3 * embeddings_VD[1]
-    torch.testing.assert_close(heard[0, 0], wanted, atol=1e-5, rtol=0)
-    heard.sum().backward()  # answers teach how to listen
-    assert log_probs.grad.abs().min() >= 0 and head.blank_D.grad.abs().sum() > 0
-
-
-def test_words_are_heard_the_same_in_a_batch_and_alone(model):
-    hearing = dataclasses.replace(model.config, hear_words=True)
-    one, other = torch.randn(7, 16), torch.randn(4, 16)
-    states_NTD = torch.stack([one, torch.cat([other, torch.zeros(3, 16)])])
-    model.config, before = hearing, model.config
-    try:
-        together, log_probs = model.hear(states_NTD, torch.tensor([3, 2]))
-        for row, (states, size) in enumerate(((one, 3), (other, 2))):
-            alone, _ = model.hear(states[None], torch.tensor([size]))
-            torch.testing.assert_close(together[row, :size], alone[0], atol=1e-5, rtol=1e-5)
-    finally:
-        model.config = before
-    projected, _ = model.hear(states_NTD, torch.tensor([3, 2]))
-    assert log_probs.shape == (2, 3, 51) and not torch.allclose(together, projected)
 
 
 def test_placeholders_and_features_must_agree():
@@ -246,21 +195,3 @@ def test_chats_behind_one_another_teach_what_rows_do(model):
     torch.testing.assert_close(terms, rows_terms, rtol=1e-4, atol=1e-4)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, rows_grads[name], rtol=1e-3, atol=1e-4 * float(grad.abs().max()), msg=name)
-
-
-def test_transcripts_teach_the_audio_projector(model):
-    sound = Encoded([1, *[AUDIO] * 3, 4, 5], [-100] * 5 + [13], audios=["b"], audio_positions=[3], transcript=[7, 7])
-    silent = Encoded([1, *[AUDIO] * 3, 4, 5], [-100] * 5 + [13], audios=["c"], audio_positions=[3])
-    batch = batch_of(model, [sound, silent])
-    assert batch.num_transcript_N.tolist() == [2, 0] and batch.counts["transcripts"] == 2
-    heard, positions = model.transcribe(batch.states_NTD), batch.positions_N
-    value = transcript_loss_sum(heard, positions, batch.transcripts_NS, batch.num_transcript_N)
-    # by hand: every path of three positions that reads "7 7" is 7, blank, 7
-    log_probs = heard[0].detach()
-    assert value.item() == pytest.approx(-(log_probs[0, 8] + log_probs[1, 0] + log_probs[2, 8]).item(), abs=1e-4)
-    model.zero_grad()
-    value.backward()
-    for name, parameter in [*model.audio_projector.named_parameters(), *model.transcript_head.named_parameters()]:
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    model.zero_grad()
-    assert float(transcript_loss_sum(heard[1:], positions[1:], batch.transcripts_NS[1:], torch.zeros(1))) == 0.0

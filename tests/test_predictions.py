@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # every second right answer is what the model says, so that the shares of right answers say something
         model, tokenizer = load_omni(place / "checkpoints/omni_sft_toy/omni.pt")
         chats = read_chats("data/sft.jsonl")
-        said = Examiner(model, tokenizer, FeatureStore(model)).ask(chats).answers
+        said = Examiner(model, tokenizer, FeatureStore(model, tokenizer)).ask(chats).answers
         right = {f"{chat.task} {at // 7}": answer for at, (chat, answer) in enumerate(zip(chats, said, strict=True))
                  if at // 7 % 2 and answer}  # fmt: skip
         toy_run.write_chats(place / "data", right)

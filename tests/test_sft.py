@@ -11,10 +11,15 @@ import pytest
 import torch
 
 from omni.checkpoint import load_checkpoint, read_summary
+from omni.data.dialogue import read_chats
+from omni.evaluate.omni import Examiner
+from omni.features import FeatureStore
+from omni.hearing import words_heard
 from omni.inspection.trace import STACKS, as_text, trace_checkpoint
 from omni.load import load_omni, load_thinker
 from omni.models.lora import adapters
 from omni.models.projector import build_projector
+from omni.tokenizer import AUDIO
 from tests.conftest import metrics
 from tests.small_omni import make_world, train
 
@@ -76,7 +81,7 @@ def shards(folder: Path) -> list[Path]:
 def test_cold_warm_shared_and_no_cache_give_the_same_weights(config, trained, tmp_path):
     cold = trained()
     kept = shards(cold / "cache")
-    assert {path.name.split("-")[1] for path in kept} == {"images", "audio", "lengths"}
+    assert {path.name.split("-")[1] for path in kept} == {"images", "audio", "lengths", "words"}
     shared = tmp_path / "shared"
     shutil.copytree(cold / "cache", shared)
     before = {path: path.read_bytes() for path in shards(shared)}
@@ -145,7 +150,11 @@ def test_a_frozen_thinker_and_frozen_encoders_stay_as_they_are(config, trained):
 
 
 def test_encoders_are_trained_along(config, trained):
-    run, folder = trained("--freeze_encoders", "false", "--num_workers", "1"), config.parent
+    folder = config.parent
+    run = trained("--freeze_encoders", "false", "--num_workers", "1")
+    assert not changed(run, "audio_encoder", folder / "audio_enc.pt")  # whose words the Thinker reads
+    assert changed(run, "vision_encoder", folder / "vision.pt", "image.blocks.")
+    run = trained("--freeze_encoders", "false", "--num_workers", "1", "--with_words", "false")
     assert changed(run, "audio_encoder", folder / "audio_enc.pt", "blocks.")
     assert not changed(run, "audio_encoder", folder / "audio_enc.pt", "head.")
     assert changed(run, "vision_encoder", folder / "vision.pt", "image.blocks.")
@@ -153,10 +162,17 @@ def test_encoders_are_trained_along(config, trained):
     losses = [line["loss"] for line in metrics(run) if line["event"] == "val"]
     assert all(0 < loss < 20 for loss in losses) and len(set(losses)) == len(losses)
     # what the frozen encoders of the first phase saw is kept; nothing of what they became is
-    assert {path.name for path in shards(run / "cache")} == {path.name for path in shards(trained() / "cache")}
+    assert {path.name for path in shards(run / "cache")} == {
+        path.name for path in shards(trained() / "cache") if "words" not in path.name
+    }
 
 
-@pytest.mark.parametrize("words", [LORA + MIXED + RATES, ("--freeze_encoders", "false", *MIXED)], ids=["lora", "free"])
+LIVE = ("--freeze_encoders", "false", *MIXED)
+
+
+@pytest.mark.parametrize(
+    "words", [LORA + MIXED + RATES, LIVE, (*LIVE, "--with_words", "false")], ids=["lora", "free", "states"]
+)
 def test_resume_from_any_checkpoint_is_exact(words, config, trained, tmp_path):
     whole = trained(*words)
     for step in (2, 3, 5, 7):  # in the first phase, between the two, twice in the second
@@ -230,47 +246,44 @@ def test_a_resume_with_other_adapters_or_groups_is_refused(words, expected, conf
     assert expected in "".join(capfd.readouterr())
 
 
-# ---- hearing words ----
-
-PHASE = '{"max_steps": 120, "batch_size": 8, "lr": 0.01, "warmup_steps": 10}'
+# ---- words that are heard ----
 
 
-def recordings_of(config: Path, numbers: range) -> Path:
-    """A table like stage B's."""
-    path = config.parent / f"recordings_{numbers.stop}.csv"
-    path.write_text("wav,text\n" + "".join(f"{number}.wav,two\n" for number in numbers))
-    return path
+def test_words_that_are_heard_are_read_and_states_alone_can_be_had(config, trained, tmp_path):
+    model, tokenizer = load_omni(trained() / "omni.pt")
+    assert model.config.with_words
+    features = FeatureStore(model, tokenizer)
+    chat = next(chat for chat in read_chats(config.parent / "val.jsonl") if chat.task == "speech_qa")
+    features.add([], chat.paths("audio"))
+    (path,) = chat.paths("audio")
+    heard = words_heard(model.audio_encoder, model.thinker, tokenizer, [features.audio(path)])[0]
+    encoded = Examiner(model, tokenizer, features).encoder.prompt(chat.messages[:-1])
+    assert heard and features.words(path) == heard
+    begin = encoded.tokens.index(tokenizer.special[AUDIO]) + encoded.audio_positions[0]
+    entered = encoded.tokens[begin : begin + encoded.num_words[0]]
+    assert entered == tokenizer.encode(f" {heard}")[: model.thinker.config.ctx_len // 4] != []
+    states = tmp_path / "states"
+    assert train(config, states, "--with_words", "false") == 0
+    model, tokenizer = load_omni(states / "omni.pt")
+    silent = FeatureStore(model, tokenizer)
+    silent.add([], [path])
+    assert silent.words(path) == "" and not any("words" in shard.name for shard in shards(states / "cache"))
+    assert Examiner(model, tokenizer, silent).encoder.prompt(chat.messages[:-1]).num_words == [0]
 
 
-def test_recordings_teach_the_audio_projector_before_all_else(config, tmp_path):
-    words = ("--transcripts", PHASE, "--projectors.max_steps", "1", "--sft.max_steps", "1")
-    assert train(config, tmp_path / "run", *words, "--data.recordings", str(recordings_of(config, range(6)))) == 0
-    found = [record for record in metrics(tmp_path / "run") if record["phase"] == "transcripts"]
-    losses = [record["loss"] for record in found if record["event"] == "train"]
-    figures = [record for record in found if record["event"] == "val"]
-    assert losses[-1] < 0.5 * losses[0] and figures[-1]["loss"] < figures[0]["loss"]
-    assert figures[-1]["wer"] == 0.0  # all of them say "two"
-    assert train(config, tmp_path / "chats", *words) == 0  # without a table the chats' own transcripts teach
-
-
-def test_recordings_without_the_phase_and_held_out_ones_are_refused(config, tmp_path, capfd):
-    table = str(recordings_of(config, range(6)))
-    assert train(config, tmp_path / "run", "--data.recordings", table) == 1
-    assert "transcripts: found null with data.recordings" in "".join(capfd.readouterr())
-    table = str(recordings_of(config, range(7)))  # one of them is asked about in validation
-    assert train(config, tmp_path / "run", "--data.recordings", table, "--transcripts", PHASE) == 1
-    assert "6.wav" in "".join(capfd.readouterr())
-
-
-def test_words_cannot_be_heard_where_no_transcript_says_them(config, tmp_path, capfd):
-    values = json.loads(config.read_text())
-    chats = [json.loads(line) for line in Path(values["data"]["train"]).read_text().splitlines()]
-    mute = config.parent / "mute.jsonl"
-    mute.write_text("\n".join(json.dumps({k: v for k, v in chat.items() if k != "transcript"}) for chat in chats))
-    assert train(config, tmp_path / "run", "--data.train", str(mute)) == 1
-    assert "mute.jsonl: found 12 chats with recordings and no" in "".join(capfd.readouterr())
-    words = ("--data.train", str(mute), "--projectors.max_steps", "1", "--sft.max_steps", "1")
-    assert train(config, tmp_path / "states", *words, "--hear_words", "false") == 0
+def test_a_trained_thinker_changes_no_word_of_training(config, trained, tmp_path):
+    """Words come from stage A's Thinker: a run that is resumed after the cache is gone hears the same."""
+    run = tmp_path / "run"
+    shutil.copytree(trained(), run)
+    shutil.rmtree(run / "cache")
+    for path in run.glob("omni*.pt"):
+        if path.name != "omni_step_7.pt":
+            path.unlink()
+    assert train(config, run) == 0
+    assert_same(trained(), run)
+    assert {path.name: path.read_bytes() for path in shards(run / "cache")} == {
+        path.name: path.read_bytes() for path in shards(trained() / "cache")
+    }
 
 
 # ---- the trace ----
@@ -281,7 +294,7 @@ def test_a_trace_says_what_the_projectors_do(config, trained):
     image, audio = trace_checkpoint(checkpoint)
     model, _ = load_omni(checkpoint)
     assert list(image.after) == ["stacked", "pre_norm", "gated", "down", "post_norm"]
-    assert list(audio.after) == ["stacked", "hidden", "down", "post_norm", "as_written"]
+    assert list(audio.after) == ["stacked", "hidden", "down", "post_norm"]
     assert image.after["stacked"].shape == [model.image_positions, 3 * 16]
     assert image.after["post_norm"].shape == [model.image_positions, 32]
     for trace, projector in ((image, model.image_projector), (audio, model.audio_projector)):

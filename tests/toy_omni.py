@@ -120,6 +120,7 @@ def prompts(model: OmniModel, tokenizer: Tokenizer) -> list[Encoded]:
                 made.tokens += [tokenizer.special[AUDIO]] * size
                 made.audios.append(name)
                 made.audio_positions.append(size)
+                made.num_words.append(0)
             else:
                 made.tokens += tokenizer.encode(f" {part}")
         made.tokens += [end, begin]

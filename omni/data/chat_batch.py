@@ -27,9 +27,7 @@ class ChatBatch(Batch):
         valid_BT: False at padding.
         patches_NPD: patch tokens of all pictures of the batch, in the order of their placeholders.
         states_NTD: audio encoder states of all recordings, padded with zeros.
-        positions_N: positions that each recording takes.
-        transcripts_NS: tokens of each recording's transcript, padded.
-        num_transcript_N: how many; 0 where there is none, or none that fits.
+        positions_N: positions that each recording's states take.
         pixels_N3HW: the pictures themselves, uint8, where their encoder is trained; ``patches_NPD`` is empty then.
         frames_NFM: log-mel frames of the recordings, padded, likewise; ``states_NTD`` is empty then.
         num_frames_N: how many of them are not padding.
@@ -44,8 +42,6 @@ class ChatBatch(Batch):
     patches_NPD: torch.Tensor
     states_NTD: torch.Tensor
     positions_N: torch.Tensor
-    transcripts_NS: torch.Tensor
-    num_transcript_N: torch.Tensor
     pixels_N3HW: torch.Tensor | None = None
     frames_NFM: torch.Tensor | None = None
     num_frames_N: torch.Tensor | None = None
@@ -91,14 +87,12 @@ def collate_chats(
     labels = laid_out(np.concatenate([chat.labels for chat in chats]), IGNORE)
     replay = laid_out(np.repeat([chat.replay for chat in chats], sizes_B), False)
     within_N = np.arange(sizes_B.sum()) - np.repeat(sizes_B.cumsum() - sizes_B, sizes_B)
-    transcripts = [torch.tensor(chat.transcript, dtype=torch.long) for chat in chats for _ in chat.audios]
     images = [image_features(path) for chat in chats for path in chat.images]
     audios = [audio_features(path) for chat in chats for path in chat.audios]
     positions_N = torch.tensor([size for chat in chats for size in chat.audio_positions], dtype=torch.long)
     counts = {
         "answers": int(((labels != IGNORE) & ~replay).sum()),
         "replay": int(((labels != IGNORE) & replay).sum()),
-        "transcripts": sum(map(len, transcripts)),
         "tokens": int(sizes_B.sum()),
     }
     return ChatBatch(
@@ -110,8 +104,6 @@ def collate_chats(
         torch.stack(images) if images else torch.zeros(0, 0, 0),
         pad_sequence(audios, batch_first=True) if audios else torch.zeros(0, 0, 0),
         positions_N,
-        pad_sequence(transcripts, batch_first=True) if transcripts else torch.zeros(0, 0).long(),
-        torch.tensor([len(spoken) for spoken in transcripts], dtype=torch.long),
         segments=Segments([*sizes_B, valid.size - sizes_B.sum()]) if joined else None,
         positions_BT=laid_out(within_N, 0) if joined else None,
     )

@@ -42,7 +42,7 @@ _MANIFESTS = {
     "talker": _SPEECH,
     "omni": {
         "train": "chats", "val": "chats", "test": "chats", "replay_text": "text",
-        "recordings": "speech", "speech_train": "speech", "speech_val": "speech",
+        "speech_train": "speech", "speech_val": "speech",
     },
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from omni.config import DataConfig, UserError
 from omni.data.entries import type_name
 from omni.data.images import read_image_size
 from omni.data.manifest import RULES, Manifest, Row, path_problem, scan_jsonl, too_long
-from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, needed_steps, turn_text
+from omni.tokenizer import ASSISTANT, AUDIO, END, IGNORE, IMAGE, SYSTEM, USER, Tokenizer, turn_text
 
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 _MEDIA = {"image": IMAGE, "audio": AUDIO}
@@ -161,8 +161,8 @@ class Encoded:
     labels: list[int]  # label of the *next* token, or IGNORE
     images: list[str] = field(default_factory=list)
     audios: list[str] = field(default_factory=list)
-    audio_positions: list[int] = field(default_factory=list)  # positions that each recording takes
-    transcript: list[int] = field(default_factory=list)  # of its only recording, where it is known and fits there
+    audio_positions: list[int] = field(default_factory=list)  # positions that each recording's states take
+    num_words: list[int] = field(default_factory=list)  # tokens behind each, of the words that were heard in it
     replay: bool = False  # plain text, in which every token is a label
     where: str = ""  # where it stands in the user's files
     pixels: list[torch.Tensor] = field(default_factory=list)  # the pictures themselves, where their encoder is trained
@@ -179,27 +179,33 @@ class ChatEncoder:
     Args:
         tokenizer: the Thinker's.
         image_positions: positions that a picture takes.
-        audio_positions: positions that the recording at a path takes.
-        ctx_len: most positions of a chat; all its recordings together take at most a quarter of them.
+        audio_positions: positions that the states of the recording at a path take.
+        words: what was heard in that recording; it stands behind them as text.
+        ctx_len: most positions of a chat; the states of all its recordings together take at most a quarter of them, and
+            so do their words.
 
-    What does not fit is cut and counted: of recordings beyond their quarter the end, of text what comes last, so that
+    What does not fit is cut and counted: of recordings beyond their quarters the end, of text what comes last, so that
     pictures and recordings keep their positions.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image_positions: int, audio_positions: Callable[[str], int], ctx_len: int
+        self,
+        tokenizer: Tokenizer,
+        image_positions: int,
+        audio_positions: Callable[[str], int],
+        words: Callable[[str], str],
+        ctx_len: int,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.image_positions, self.audio_positions, self.ctx_len = image_positions, audio_positions, ctx_len
+        self.tokenizer, self.ctx_len = tokenizer, ctx_len
+        self.image_positions, self.audio_positions, self.words = image_positions, audio_positions, words
         self.begin_count()
 
     def begin_count(self) -> None:
         """Count from here on."""
         self.cuts = 0  # chats of which something was cut
-        self.audio_cuts = 0  # recordings of which the end was cut, or all
+        self.audio_cuts = 0  # recordings of which the end was cut, or all, or the last of their words
         self.text_cuts = 0  # chats of which text was cut
         self.mute = 0  # of them, those without any of their answers
-        self.unfit = 0  # transcripts with more tokens than CTC can write into the positions of their recording
 
     @property
     def report(self) -> str:
@@ -223,8 +229,8 @@ class ChatEncoder:
             raise TooLongError(f"the chat takes {len(encoded.tokens)} positions, expected at most {most}")
         return encoded
 
-    def example(self, messages: Sequence[Message], transcript: str = "", where: str = "") -> Encoded:
-        """A whole chat for training, cut where it is too long; ``transcript`` is of its only recording.
+    def example(self, messages: Sequence[Message], where: str = "") -> Encoded:
+        """A whole chat for training, cut where it is too long.
 
         Raises:
             UserError: when pictures and recordings alone take more than ``ctx_len`` positions.
@@ -232,12 +238,6 @@ class ChatEncoder:
         before = self.audio_cuts
         encoded = self._encode(messages)
         encoded.where = where
-        if transcript and len(encoded.audios) == 1:
-            spoken = self.tokenizer.encode(turn_text(transcript))
-            if needed_steps(spoken) <= encoded.audio_positions[0]:
-                encoded.transcript = spoken
-            else:
-                self.unfit += 1
         too_long = len(encoded.tokens) > self.ctx_len + 1
         if too_long:
             self._cut_text(encoded)
@@ -274,26 +274,32 @@ class ChatEncoder:
 
     def _encode(self, messages: Sequence[Message]) -> Encoded:
         special, encoded = self.tokenizer.special, Encoded([], [])
-        audio_left = self.ctx_len // 4
         for message in messages:
             learned = message.role == "assistant"
             _append(encoded, [special[_ROLES[message.role]]], False)
             for part in message.parts:
                 if part.kind == "text":
                     _append(encoded, self.tokenizer.encode(turn_text(part.value)), learned)
-                    continue
-                wanted = self.image_positions if part.kind == "image" else self.audio_positions(part.value)
-                size = wanted if part.kind == "image" else min(wanted, audio_left)
-                if part.kind == "image":
+                elif part.kind == "image":
                     encoded.images.append(part.value)
+                    _append(encoded, [special[IMAGE]] * self.image_positions, False)
                 else:
-                    audio_left -= size
-                    self.audio_cuts += size < wanted
-                    encoded.audios.append(part.value)
-                    encoded.audio_positions.append(size)
-                _append(encoded, [special[_MEDIA[part.kind]]] * size, False)
+                    self._add_recording(encoded, part.value)
             _append(encoded, [special[END]], learned)
         return encoded
+
+    def _add_recording(self, encoded: Encoded, path: str) -> None:
+        """Append a recording's states and its words, as far as there is room for them."""
+        most, wanted = self.ctx_len // 4, self.audio_positions(path)
+        size = min(wanted, most - sum(encoded.audio_positions))
+        heard = self.words(path) if size else ""
+        said = self.tokenizer.encode(turn_text(heard)) if heard else []
+        words = said[: most - sum(encoded.num_words)]
+        self.audio_cuts += size < wanted or len(words) < len(said)
+        encoded.audios.append(path)
+        encoded.audio_positions.append(size)
+        encoded.num_words.append(len(words))
+        _append(encoded, [self.tokenizer.special[AUDIO]] * size + words, False)
 
 
 def _append(encoded: Encoded, tokens: list[int], learned: bool) -> None:

@@ -70,7 +70,6 @@ class ChatParts:
     validation: list[Chat]
     left_out: int
     speech: Parts | None
-    recordings: list[Row]
     fingerprint: dict[str, Any]
 
 
@@ -79,7 +78,6 @@ def read_chat_parts(
     val: str,
     speech: tuple[str, str] | None,
     replay_text: str | None,
-    recordings: str | None,
     rules: DataConfig,
 ) -> ChatParts:
     """Read the chats of stage E; see :func:`read_parts`.
@@ -89,7 +87,6 @@ def read_chat_parts(
         val: the validation chats.
         speech: manifests of recordings for the Talker's phase, to train on and to validate on.
         replay_text: the text that is mixed in, for the fingerprint.
-        recordings: manifest of recordings for phase `transcripts`.
         rules: limits, and what to do about bad rows.
     """
     manifests = [scan_chats(path, rules) for path in (train, val)]
@@ -106,9 +103,4 @@ def read_chat_parts(
         data = RowsDataConfig(train=speech[0], val=speech[1], **vars(data_rules(vars(rules), "rules")))
         found = read_parts(scan_speech_manifest, "wav", "text", data)
         fingerprint |= {f"speech_{name}": value for name, value in found.fingerprint.items()}
-    rows = list[Row]()
-    if recordings is not None:
-        rows = scan_speech_manifest(recordings, rules).usable(rules)
-        refuse_leaks(part_of_rows(rows, "wav", "text"), part_of_chats(chats[1]), rules)
-        fingerprint["recordings"] = data_fingerprint(recordings, [row.path("wav") for row in rows])
-    return ChatParts(chats[0], chats[1], manifests[0].num_bad, found, rows, fingerprint)
+    return ChatParts(chats[0], chats[1], manifests[0].num_bad, found, fingerprint)

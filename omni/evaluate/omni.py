@@ -58,7 +58,7 @@ class Examiner:
     def __init__(self, model: OmniModel, tokenizer: Tokenizer, features: FeatureStore) -> None:
         self.model, self.tokenizer, self.features = model, tokenizer, features
         self.encoder = ChatEncoder(
-            tokenizer, model.image_positions, features.audio_positions, model.thinker.config.ctx_len
+            tokenizer, model.image_positions, features.audio_positions, features.words, model.thinker.config.ctx_len
         )
 
     def ask(self, chats: Sequence[Chat], max_new_tokens: int = 48) -> Answers:
@@ -182,4 +182,8 @@ def examine(examiner: Examiner, chats: Sequence[Chat]) -> OmniResults:
         answers["asr"] = examiner.ask(tasks["asr"])
         found = word_error_rate([chat.answer for chat in tasks["asr"]], answers["asr"].answers)
         figures["asr_wer"] = located(found, answers["asr"].where)
+        if examiner.model.config.with_words:
+            heard = [examiner.features.words(chat.paths("audio")[0]) for chat in tasks["asr"]]
+            found = word_error_rate([chat.answer for chat in tasks["asr"]], heard)
+            figures["asr_wer_heard"] = located(found, answers["asr"].where)
     return OmniResults(figures, answers)

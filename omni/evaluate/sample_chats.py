@@ -54,7 +54,8 @@ def _exchange(examiner: Examiner, name: str, chat: Chat, out: Path, number: int)
         path = save_sound(wave, model.config.speech.mel.sample_rate, out / f"chat_{number}_answer.ogg")
         sounds.append(("spoken answer", path))
     prompt = examiner.encoder.prompt(chat.messages[:-1])
-    texts = [("question", _question(chat)), *([("said", chat.transcript)] if chat.transcript else [])]
+    heard = " / ".join(examiner.features.words(path) for path in chat.paths("audio"))
+    texts = [("question", _question(chat)), ("said", chat.transcript), ("heard", heard)]
     texts += [("expected", chat.answer), ("answer", answer)]
     return Sample(
         name,

@@ -131,7 +131,7 @@ def _omni(shown: Shown) -> list[Sample]:
     from omni.load import load_omni
 
     model, tokenizer = load_omni(shown.checkpoint)
-    examiner = Examiner(model, tokenizer, FeatureStore(model, cache_of(shown.checkpoint), shown.rules))
+    examiner = Examiner(model, tokenizer, FeatureStore(model, tokenizer, cache_of(shown.checkpoint), shown.rules))
     return show_exchanges(examiner, read_chats(shown.held_out, shown.rules), shown.count, shown.out)
 
 

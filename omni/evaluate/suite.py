@@ -287,7 +287,7 @@ def _omni(case: _Case, inputs: dict[str, Path]) -> dict[str, Any]:
 
     model, tokenizer = load_omni(inputs["omni"])
     chats = read_chats(case.test_set("omni", case.own.sft, "--sft"), case.rules("omni"))
-    features = FeatureStore(model, cache_of(inputs["omni"]), case.rules("omni"))
+    features = FeatureStore(model, tokenizer, cache_of(inputs["omni"]), case.rules("omni"))
     examiner, thinker = Examiner(model, tokenizer, features), None
     figures: dict[str, Any] = dict(examine(examiner, chats).figures)
     if case.path("thinker").exists():

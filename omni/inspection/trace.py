@@ -110,14 +110,14 @@ def trace_checkpoint(checkpoint: str | Path, manifest: str | None = None) -> lis
     Raises:
         UserError: when the checkpoint or the chats cannot be read, or these hold no picture and no recording.
     """
-    model, _ = load_omni(checkpoint)
+    model, tokenizer = load_omni(checkpoint)
     data = read_summary(checkpoint)["config"]["data"]
     manifest = manifest or data["test"] or data["val"]
     chats = read_chats(manifest, data_rules(data, str(checkpoint)))
     first = {kind: [path for chat in chats for path in chat.paths(kind)][:1] for kind in ("image", "audio")}
     if not any(first.values()):
         raise UserError(f"{manifest}: found chats of text alone, expected a picture or a recording to trace")
-    features = FeatureStore(model)
+    features = FeatureStore(model, tokenizer)
     features.add(first["image"], first["audio"])
     traces = [trace_image(model, features.image(path), path) for path in first["image"]]
     return traces + [trace_audio(model, features.audio(path), path) for path in first["audio"]]
@@ -156,25 +156,14 @@ def _trace(
         torch.manual_seed(0)
         new = build_projector(dim, embeddings_VD.shape[1], config)
     match_rms(new, embeddings_VD)
-    hears_words = modality == "audio" and model.config.hear_words
-
-    def walk(projector: Projector) -> dict[str, torch.Tensor]:
-        steps = projector.walk(stacked)
-        if hears_words:
-            projected_1SD = steps["post_norm"][None]
-            log_probs_1SV = model.transcript_head(projected_1SD, embeddings_VD)
-            size_1 = torch.tensor([projected_1SD.shape[1]], device=stacked.device)
-            steps["as_written"] = model.transcript_head.as_written(log_probs_1SV, embeddings_VD, size_1)[0]
-        return steps
-
-    after = walk(projector)
+    after = projector.walk(stacked)
     return Trace(
         modality,
         source,
         config.kind,
         config.stack,
         _num_parameters(projector),
-        {name: spread(x) for name, x in walk(new.to(stacked.device)).items()},
+        {name: spread(x) for name, x in new.to(stacked.device).walk(stacked).items()},
         {name: spread(x) for name, x in after.items()},
         spread(embeddings_VD),
         _variances(list(after.values())[-1]),

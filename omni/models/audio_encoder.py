@@ -6,7 +6,6 @@ second, and a repeated character costs two steps), so every state emits ``steps_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,7 @@ from torch import nn
 
 from omni.audio import MelConfig, log_mel
 from omni.config import Problem
-from omni.models.ctc import ctc_sum
+from omni.models.ctc import ctc_sum, prefix_search
 from omni.models.layers import (
     Block,
     ConvLayer,
@@ -137,10 +136,13 @@ class AudioEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, valid_BT) if isinstance(block, ConvLayer) else block(x, rotary, mask, valid_BT=valid_BT)
         states_BTD = self.norm(x)
+        return AudioOutput(states_BTD, num_states_B, self.read(states_BTD), num_states_B * self.config.steps_per_state)
+
+    def read(self, states_BTD: torch.Tensor) -> torch.Tensor:
+        """CTC log-probabilities [B, S, V] of states, fp32. Raises FloatingPointError when they are not finite."""
         logits = self.head(states_BTD).unflatten(-1, (self.config.steps_per_state, -1)).flatten(1, 2)
         check_finite(logits, "the audio encoder's logits")
-        log_probs = logits.float().log_softmax(dim=-1)
-        return AudioOutput(states_BTD, num_states_B, log_probs, num_states_B * self.config.steps_per_state)
+        return logits.float().log_softmax(dim=-1)
 
 
 def _block(config: AudioEncoderConfig, layer: int) -> nn.Module:
@@ -159,9 +161,6 @@ def ctc_loss_sum(output: AudioOutput, symbols_BS: torch.Tensor, num_symbols_B: t
     return ctc_sum(output.log_probs_BSV, symbols_BS, output.num_steps_B, num_symbols_B)
 
 
-_MOST_SYMBOLS = 16  # considered at a step of the search
-
-
 def transcripts(output: AudioOutput, beam: int = 8) -> list[str]:
     """The most probable text of each utterance, all of its paths together (CTC prefix search).
 
@@ -169,44 +168,4 @@ def transcripts(output: AudioOutput, beam: int = 8) -> list[str]:
     """
     characters, steps_B = Characters(), output.num_steps_B.tolist()
     rows = zip(output.log_probs_BSV.float().cpu(), steps_B, strict=True)
-    return [characters.decode(prefix_search(log_probs_SV[:steps], beam)) for log_probs_SV, steps in rows]
-
-
-def prefix_search(log_probs_SV: torch.Tensor, beam: int, least: float = 1e-3) -> list[int]:
-    """Search the symbols with the highest sum over all their CTC paths (Graves et al., 2006; Hannun et al., 2014).
-
-    Args:
-        log_probs_SV: log-probabilities of each step; symbol 0 is blank.
-        beam: prefixes kept after each step.
-        least: symbols of a lower probability are passed over at a step, but for the best one.
-    """
-    # of each prefix the log-probability of the paths that end in blank, and of those that end in its last symbol
-    prefixes: dict[tuple[int, ...], list[float]] = {(): [0.0, -math.inf]}
-    for step_V in log_probs_SV:
-        likely = step_V.topk(min(_MOST_SYMBOLS, len(step_V)))
-        pairs = list(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
-        kept = [pair for pair in pairs if pair[1] > math.log(least)] or pairs[:1]
-        found: dict[tuple[int, ...], list[float]] = {}
-        for prefix, (blank, symbol) in prefixes.items():
-            for index, log_prob in kept:
-                if index == Characters.blank:
-                    _add(found, prefix, 0, _log_sum(blank, symbol) + log_prob)
-                elif prefix and prefix[-1] == index:  # the same symbol goes on, or comes again after a blank
-                    _add(found, prefix, 1, symbol + log_prob)
-                    _add(found, (*prefix, index), 1, blank + log_prob)
-                else:
-                    _add(found, (*prefix, index), 1, _log_sum(blank, symbol) + log_prob)
-        prefixes = dict(sorted(found.items(), key=lambda item: -_log_sum(*item[1]))[:beam])
-    return list(next(iter(prefixes)))  # the best stands first
-
-
-def _add(found: dict[tuple[int, ...], list[float]], prefix: tuple[int, ...], end: int, log_prob: float) -> None:
-    """Add paths to a prefix; `end` is 0 if they end in blank."""
-    ends = found.setdefault(prefix, [-math.inf, -math.inf])
-    ends[end] = _log_sum(ends[end], log_prob)
-
-
-def _log_sum(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))."""
-    high, low = max(a, b), min(a, b)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+    return [characters.decode(prefix_search(log_probs_SV[:steps], beam)[0][0]) for log_probs_SV, steps in rows]

@@ -23,7 +23,6 @@ from omni.models.projector import (
 )
 from omni.models.speech import SpeechConfig, SpeechModel
 from omni.models.thinker import Thinker, ThinkerConfig
-from omni.models.transcript import TranscriptHead
 from omni.models.vision_encoder import VisionConfig, VisionEncoder
 
 
@@ -37,7 +36,7 @@ class OmniConfig:
     speech: SpeechConfig
     image_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     audio_projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    hear_words: bool = False  # recordings enter as the words heard in them, not as projected states
+    with_words: bool = False  # behind a recording's projected states stand the words heard in it (omni/hearing.py)
     lora: LoRAConfig | None = None  # of the Thinker, where they are not merged into its weights
 
 
@@ -56,7 +55,6 @@ class OmniModel(nn.Module):
         dim = config.thinker.dim
         self.image_projector = build_projector(config.vision_encoder.dim, dim, config.image_projector)
         self.audio_projector = build_projector(config.audio_encoder.dim, dim, config.audio_projector)
-        self.transcript_head = TranscriptHead(dim)
 
     @property
     def image_positions(self) -> int:
@@ -71,32 +69,8 @@ class OmniModel(nn.Module):
         """Patch tokens to embeddings [N, image_positions, D]."""
         return self.image_projector(stack_patches(patches_NPD, self.config.image_projector.stack))
 
-    def transcribe(self, states_NTD: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [N, ceil(T / stack), 1 + V] of what recordings say, from audio states padded with zeros."""
-        return self.transcript_head(self._project_audio(states_NTD), self.thinker.embed_tokens.weight)
-
-    def hear(self, states_NTD: torch.Tensor, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What recordings put into the Thinker's sequence, and what they say.
-
-        Args:
-            states_NTD: audio encoder states, padded with zeros.
-            positions_N: positions that each recording takes.
-
-        Returns:
-            Embeddings [N, ceil(T / stack), D], and log-probabilities [N, ceil(T / stack), 1 + V] of the transcript's
-            symbols in the order of time; of no recordings, none.
-        """
-        embeddings_VD = self.thinker.embed_tokens.weight
-        if not len(states_NTD):
-            V, D = embeddings_VD.shape
-            return states_NTD.new_zeros(0, 0, D), states_NTD.new_zeros(0, 0, 1 + V)
-        projected_NSD = self._project_audio(states_NTD)
-        log_probs_NSV = self.transcript_head(projected_NSD, embeddings_VD)
-        if not self.config.hear_words:
-            return projected_NSD, log_probs_NSV
-        return self.transcript_head.as_written(log_probs_NSV, embeddings_VD, positions_N), log_probs_NSV
-
-    def _project_audio(self, states_NTD: torch.Tensor) -> torch.Tensor:
+    def project_audio(self, states_NTD: torch.Tensor) -> torch.Tensor:
+        """Audio encoder states, padded with zeros, to embeddings [N, ceil(T / stack), D]."""
         config = self.config.audio_projector
         return self.audio_projector(stack_states(states_NTD, config.stack, config.context))
 
@@ -104,7 +78,7 @@ class OmniModel(nn.Module):
         self,
         tokens_BT: torch.Tensor,
         patches_NPD: torch.Tensor,
-        heard_NSD: torch.Tensor,
+        states_NTD: torch.Tensor,
         positions_N: torch.Tensor,
     ) -> torch.Tensor:
         """Embeddings [B, T, D] of a batch of prompts.
@@ -112,13 +86,14 @@ class OmniModel(nn.Module):
         Args:
             tokens_BT: tokens with ``image_positions`` placeholders a picture and ``positions_N`` a recording.
             patches_NPD: features of all pictures, in the order of their placeholders, row by row.
-            heard_NSD: embeddings of all recordings, likewise, padded; from :meth:`hear`.
-            positions_N: positions that each recording takes; what is beyond was cut.
+            states_NTD: audio encoder states of all recordings, likewise, padded with zeros.
+            positions_N: positions that each recording's states take; what is beyond was cut.
         """
         x = self.thinker.embed(tokens_BT)
         if len(patches_NPD):
             x = replace_at(x, tokens_BT == self.image_id, self.project_images(patches_NPD).flatten(0, 1))
-        if len(heard_NSD):
+        if len(states_NTD):
+            heard_NSD = self.project_audio(states_NTD)
             x = replace_at(x, tokens_BT == self.audio_id, heard_NSD[padding_mask(positions_N, heard_NSD.shape[1])])
         return x
 

@@ -196,7 +196,8 @@ class ChatReply:
         """Positions of the prompt, tokens of the answer."""
         prompt, assistant = self.plan.prompt, self.plan.assistant
         size = len(prompt.tokens)
-        heard, seen = sum(prompt.audio_positions), len(prompt.images) * assistant.model.image_positions
+        heard = sum(prompt.audio_positions) + sum(prompt.num_words)
+        seen = len(prompt.images) * assistant.model.image_positions
         details = {"audio_tokens": heard, "image_tokens": seen, "text_tokens": size - heard - seen, "cached_tokens": 0}
         return {
             "prompt_tokens": size,

@@ -41,7 +41,8 @@ class Service:
 
     def __init__(self, assistant: Assistant, worker: Worker) -> None:
         self.assistant, self.worker = assistant, worker
-        self._decoders = ThreadPoolExecutor(_DECODERS, "omni-decode")
+        # they also hear which words are in recordings; the setting is one of each thread, as the worker's
+        self._decoders = ThreadPoolExecutor(_DECODERS, "omni-decode", torch.set_flush_denormal, (True,))
         self._page, self._policy = load_page()
 
     def add_routes(self, app: FastAPI) -> None:

@@ -52,7 +52,7 @@ STAGES = {
     "B": Script("train_audio_enc", "AudioConfig", "audio_enc", ("train",), 30),
     "C": Script("train_vision", "VisionStageConfig", "vision", ("train",), 30),
     "D": Script("train_talker", "SpeechStageConfig", "talker", ("codec", "speaker", "vocoder", "talker"), 10),
-    "E": Script("sft_omni", "OmniSFTConfig", "omni", ("transcripts", "projectors", "sft", "talker"), 10),
+    "E": Script("sft_omni", "OmniSFTConfig", "omni", ("projectors", "sft", "talker"), 10),
 }
 _FILES = {"A": "thinker", "B": "audio_enc", "C": "vision", "D": "talker", "E": "omni_sft"}
 _BATCH_SIZES = {"A": 2, "B": 4, "C": 6, "D": 4, "E": 6}
@@ -98,6 +98,6 @@ def _of_stage(letter: str, values: dict[str, Any]) -> None:
     if letter in "DE":
         values["val_sentences"] = 1
     if letter == "E":
-        values["data"] |= {"val_questions": 1, "recordings": values["data"]["speech_train"]}
+        values["data"] |= {"val_questions": 1}
         for projector in ("image_projector", "audio_projector"):
             values[projector]["hidden_dim"] = 16

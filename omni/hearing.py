@@ -1,0 +1,70 @@
+"""The words of a recording: CTC proposes what was said, the Thinker says which of it people say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from omni.models.audio_encoder import AudioEncoder
+from omni.models.ctc import prefix_search
+from omni.models.segments import Segments
+from omni.models.thinker import Thinker
+from omni.tokenizer import USER, Characters, Tokenizer, turn_text
+
+# Measured with nano's stages A and B on 100 held-out transcripts, word error rates: CTC alone 0.092, 8 proposals 0.045,
+# 16 0.036, 32 0.026, 64 0.022; those that are less than e^-8 times as probable as the best are never chosen, and none
+# beyond e^-6 in what was measured. Weights of 0.2 to 0.8 are alike.
+BEAM = 32
+MARGIN = 6.0
+WEIGHT = 0.3
+_TOKENS = 4096  # that the Thinker reads at a time
+
+
+@torch.no_grad()
+def words_heard(
+    encoder: AudioEncoder, thinker: Thinker, tokenizer: Tokenizer, states: Sequence[torch.Tensor]
+) -> list[str]:
+    """What is said in recordings, given as encoder states [T, D].
+
+    The most probable texts by CTC are weighed anew by the Thinker, which has read what people ask and tell (n-best
+    rescoring with a language model, as in Chan et al., 2016): log p(text | sound) + ``WEIGHT`` log p(text).
+    """
+    proposed = [_proposals(encoder, states_TD) for states_TD in states]
+    unsure = [text for found in proposed if len(found) > 1 for text in found]
+    likely = dict(zip(unsure, log_likelihoods(thinker, tokenizer, unsure), strict=True))
+    return [max(found, key=lambda text: found[text] + WEIGHT * likely.get(text, 0.0)) for found in proposed]
+
+
+def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, float]:
+    """The most probable texts of a recording, and their log-probabilities."""
+    weight = encoder.head.weight
+    with torch.autocast(weight.device.type, enabled=False):
+        log_probs_SV = encoder.read(states_TD[None].to(weight.device, weight.dtype))[0]
+    found = prefix_search(log_probs_SV.cpu(), BEAM, margin=MARGIN)
+    return {Characters().decode(symbols): log_prob for symbols, log_prob in found}
+
+
+@torch.no_grad()
+def log_likelihoods(thinker: Thinker, tokenizer: Tokenizer, texts: Sequence[str]) -> list[float]:
+    """Log-probability of each text as a user's whole turn."""
+    rows = [[tokenizer.special[USER], *tokenizer.encode(turn_text(text)), tokenizer.end_id] for text in texts]
+    device, found = thinker.embed_tokens.weight.device, list[float]()
+    for batch in _batches(rows):
+        sizes = [len(row) - 1 for row in batch]
+        tokens_1T = torch.tensor([[token for row in batch for token in row[:-1]]], device=device)
+        labels_T = torch.tensor([token for row in batch for token in row[1:]], device=device)
+        positions_1T = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+        final_1TD = thinker(thinker.embed(tokens_1T), positions_1T, Segments(sizes)).final_BTD
+        losses_T = F.cross_entropy(thinker.logits(final_1TD)[0].float(), labels_T, reduction="none")
+        found += [-float(row.sum()) for row in losses_T.cpu().split(sizes)]
+    return found
+
+
+def _batches(rows: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
+    """Rows in their order, about ``_TOKENS`` tokens at a time."""
+    ends = list(itertools.accumulate(map(len, rows)))
+    for _, group in itertools.groupby(range(len(rows)), key=lambda row: ends[row] // _TOKENS):
+        yield [rows[row] for row in group]
