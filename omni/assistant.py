@@ -16,13 +16,13 @@ import torch
 
 from omni.audio import load_audio, log_mel, standard_level, trim_silence
 from omni.config import DataConfig, RunConfig, UserError
-from omni.data.dialogue import ChatEncoder, Encoded, Message, TooLongError
+from omni.data.dialogue import ChatEncoder, Encoded, Message, Part, TooLongError
 from omni.data.images import load_image
 from omni.decoding import Draft
 from omni.features import encode_frames, encode_pixels
 from omni.generate import AnswerSettings, Generation
 from omni.generate_speech import Mind, embed_speakers
-from omni.hearing import words_heard
+from omni.hearing import as_written, words_heard
 from omni.load import load_draft, load_omni
 from omni.models.omni import OmniModel
 from omni.prompt_pieces import PromptPiece, prompt_pieces
@@ -218,6 +218,8 @@ class Assistant:
     def prompt(self, messages: Sequence[Message], media: Media) -> Encoded:
         """A conversation up to where the next answer begins; nothing is cut.
 
+        What the user typed is written as the Thinker would expect it (:func:`omni.hearing.as_written`).
+
         Raises:
             TooLongError: when it leaves no room for an answer.
         """
@@ -225,12 +227,23 @@ class Assistant:
         encoder = ChatEncoder(
             self.tokenizer, self.model.image_positions, media.audio_positions, media.words, self.ctx_len
         )
-        encoded = encoder.prompt(messages, self._room)
+        encoded = encoder.prompt(self._as_written(messages), self._room)
         if encoder.audio_cuts:
             words = f" and {self.ctx_len // 4} tokens of words" if self.model.config.with_words else ""
             heard = f"expected at most {self.seconds_heard:.1f} s{words} of them together"
             raise TooLongError(f"the chat's recordings are too long, {heard}")
         return encoded
+
+    def _as_written(self, messages: Sequence[Message]) -> list[Message]:
+        users = [message for message in messages if message.role == "user"]
+        typed = list(dict.fromkeys(part.value for message in users for part in message.parts if part.kind == "text"))
+        written = dict(zip(typed, as_written(self.model.thinker, self.tokenizer, typed), strict=True))
+
+        def read(message: Message) -> Message:
+            parts = (Part("text", written[part.value]) if part.kind == "text" else part for part in message.parts)
+            return Message(message.role, tuple(parts)) if message.role == "user" else message
+
+        return [read(message) for message in messages]
 
     def pieces(self, prompt: Encoded) -> list[PromptPiece]:
         """What a prompt is made of, in order."""

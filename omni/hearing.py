@@ -1,4 +1,7 @@
-"""The words of a recording: CTC proposes what was said, the Thinker says which of it people say."""
+"""What people say and type, as the Thinker has read it: which words a recording holds, how a typed line is written.
+
+Both choose the likeliest of some texts, by the Thinker's own probability of a user's turn.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from omni.tokenizer import USER, Characters, Tokenizer, turn_text
 BEAM = 32
 MARGIN = 6.0
 WEIGHT = 0.3
+ENDS = ("", ".", "?", "!")  # the marks that a line may end with, of which nobody says any
 _TOKENS = 4096  # that the Thinker reads at a time
 
 
@@ -27,7 +31,7 @@ _TOKENS = 4096  # that the Thinker reads at a time
 def words_heard(
     encoder: AudioEncoder, thinker: Thinker, tokenizer: Tokenizer, states: Sequence[torch.Tensor]
 ) -> list[str]:
-    """What is said in recordings, given as encoder states [T, D].
+    """What is said in recordings, given as encoder states [T, D], with the mark at its end that writing would have.
 
     The most probable texts by CTC are weighed anew by the Thinker, which has read what people ask and tell (n-best
     rescoring with a language model, as in Chan et al., 2016): log p(text | sound) + ``WEIGHT`` log p(text).
@@ -35,7 +39,30 @@ def words_heard(
     proposed = [_proposals(encoder, states_TD) for states_TD in states]
     unsure = [text for found in proposed if len(found) > 1 for text in found]
     likely = dict(zip(unsure, log_likelihoods(thinker, tokenizer, unsure), strict=True))
-    return [max(found, key=lambda text: found[text] + WEIGHT * likely.get(text, 0.0)) for found in proposed]
+    said = [max(found, key=lambda text: found[text] + WEIGHT * likely.get(text, 0.0)) for found in proposed]
+    return likeliest(thinker, tokenizer, [[text + end for end in ENDS] if text else [text] for text in said])
+
+
+def as_written(thinker: Thinker, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Lines that people typed, as the Thinker would expect them: capital letters or none, a mark at the end or none.
+
+    A Thinker that has read a few million words of one hand knows one way to write. Nano's answers 0.85 of written
+    questions as they are, 0.63 of those that begin with a capital letter, 0.61 without a mark at the end.
+    """
+    found = []
+    for text in texts:
+        line = text.strip()
+        cases = dict.fromkeys((line, line[:1].lower() + line[1:], line[:1].upper() + line[1:], line.lower()))
+        ends = ENDS if line[-1:].isalnum() else ("",)
+        found.append([case + end for case in cases for end in ends])
+    return likeliest(thinker, tokenizer, found)
+
+
+def likeliest(thinker: Thinker, tokenizer: Tokenizer, choices: Sequence[Sequence[str]]) -> list[str]:
+    """Of each row of texts the one that is most probable as a user's turn; the first of those that are alike."""
+    scores = iter(log_likelihoods(thinker, tokenizer, [text for row in choices if len(row) > 1 for text in row]))
+    scored = ([*zip(row, scores)] if len(row) > 1 else [(row[0], 0.0)] for row in choices)  # noqa: B905
+    return [max(row, key=lambda item: item[1])[0] for row in scored]
 
 
 def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, float]:

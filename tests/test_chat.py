@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from omni.config import UserError
 from omni.data.dialogue import Message, Part
 from omni.decoding import Decoding
 from omni.generate import AnswerSettings, generate
+from omni.hearing import as_written
 from omni.sound_device import NoSoundDeviceError
 from omni.tokenizer import Tokenizer
 from tests import toy_omni
@@ -93,6 +96,34 @@ def test_text_pictures_and_recordings(assistant: Assistant, folder: Path) -> Non
     # what is attached may be sent alone
     said = talk(assistant, [f"/audio {folder}/a.wav", ""])
     assert answers(said, "") == expected(assistant, user(Part("audio", "y")), folder=folder)
+
+
+def test_the_words_of_a_recording_are_read_behind_it(folder: Path) -> None:
+    model, tokenizer = toy_omni.build()
+    model.config = dataclasses.replace(model.config, with_words=True)
+    assistant = Assistant(model, tokenizer, "toy")
+    media = assistant.media()
+    write_tone(folder / "short.wav", 0.3)  # untrained, it hears something all the time
+    media.add_audio("y", folder / "short.wav")
+    heard = assistant.transcribe(media.frames("y"))
+    assert heard and media.words("y") == heard
+    prompt = assistant.prompt([user(Part("audio", "y"), Part("text", "what is it ?"))], media)
+    pieces = assistant.pieces(prompt)
+    said = tokenizer.decode(tokenizer.encode(f" {heard}")[: assistant.ctx_len // 4])
+    assert "".join(piece.text for piece in pieces if piece.kind == "words") == said
+    kinds = [kind for kind, _ in itertools.groupby(piece.kind for piece in pieces)]
+    assert kinds == ["mark", "audio", "words", "text", "mark"]
+
+
+def test_what_is_typed_is_read_as_the_thinker_would_write_it(assistant: Assistant) -> None:
+    said = ["What is THIS", "No. I Said It", "two"]
+    roles = ["user", "assistant", "user"]
+    messages = [Message(role, (Part("text", text),)) for role, text in zip(roles, said, strict=True)]
+    written = as_written(assistant.model.thinker, assistant.tokenizer, said)
+    prompt = assistant.prompt(messages, assistant.media())
+    expected = f"<|user|> {written[0]}<|end|><|assistant|> {said[1]}<|end|><|user|> {written[2]}<|end|><|assistant|>"
+    assert assistant.tokenizer.decode(prompt.tokens) == expected
+    assert written[0] != said[0]
 
 
 def test_the_conversation_is_remembered_and_forgotten(assistant: Assistant) -> None:

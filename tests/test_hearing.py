@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni.hearing import WEIGHT, log_likelihoods, words_heard
+from omni.hearing import WEIGHT, as_written, log_likelihoods, words_heard
 from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.models.ctc import prefix_search
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -50,6 +50,15 @@ def test_a_likelihood_is_that_of_the_whole_turn_in_any_company(
     assert log_likelihoods(thinker, tokenizer, []) == []
 
 
+def learn(thinker: Thinker, tokenizer: Tokenizer, text: str) -> None:
+    optimizer, row_1T = torch.optim.Adam(thinker.parameters(), 0.02), row_of(tokenizer, text)
+    for _ in range(30):
+        loss = F.cross_entropy(thinker.logits(thinker(thinker.embed(row_1T[:, :-1])).final_BTD)[0], row_1T[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def unsure_encoder() -> AudioEncoder:
     """An encoder whose state i, of one dimension alone, says: nothing, c, a, or rather r than t."""
     encoder, characters = AudioEncoder(AUDIO_SHAPE).eval(), Characters()
@@ -70,17 +79,24 @@ def test_the_thinker_decides_where_sounds_do_not(tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         by_sound = encoder.read(states[0][None])
     assert Characters().decode(prefix_search(by_sound[0], beam=8)[0][0]) == "car"
-    optimizer = torch.optim.Adam(thinker.parameters(), 0.02)
-    row_1T = row_of(tokenizer, "cat")
-    for _ in range(30):
-        loss = F.cross_entropy(thinker.logits(thinker(thinker.embed(row_1T[:, :-1])).final_BTD)[0], row_1T[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(thinker, tokenizer, "cat")
     cat, car = log_likelihoods(thinker, tokenizer, ["cat", "car"])
     assert WEIGHT * (cat - car) > 0.5
     assert words_heard(encoder, thinker, tokenizer, states) == ["cat", "ca"]
     assert [words_heard(encoder, thinker, tokenizer, [one])[0] for one in states] == ["cat", "ca"]
+
+
+@pytest.mark.parametrize("line", ["is the cat red?", "Is the cat red?", "IS THE CAT RED?", "Is the cat red."])
+def test_a_line_is_read_as_the_thinker_would_write_it(tokenizer: Tokenizer, line: str) -> None:
+    """Whatever way to write it has learned; a mark that was typed stays."""
+    thinker = thinker_of(tokenizer)
+    learn(thinker, tokenizer, line)
+    typed = ["is the cat red", " Is the cat red ", line]
+    if line == line.upper():
+        typed = [line, "IS THE CAT RED"]  # nothing is shouted that was not
+    assert set(as_written(thinker, tokenizer, typed)) == {line}
+    assert as_written(thinker, tokenizer, ["is the cat red!"])[0][-1] == "!"
+    assert as_written(thinker, tokenizer, ["", " "]) == ["", ""]
 
 
 def test_a_recording_of_nothing_has_no_words(tokenizer: Tokenizer) -> None:
