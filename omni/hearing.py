@@ -70,8 +70,11 @@ def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, floa
     weight = encoder.head.weight
     with torch.autocast(weight.device.type, enabled=False):
         log_probs_SV = encoder.read(states_TD[None].to(weight.device, weight.dtype))[0]
-    found = prefix_search(log_probs_SV.cpu(), BEAM, margin=MARGIN)
-    return {Characters().decode(symbols): log_prob for symbols, log_prob in found}
+    found = dict[str, float]()
+    for symbols, log_prob in prefix_search(log_probs_SV.cpu(), BEAM, margin=MARGIN):
+        known = [symbol for symbol in symbols if symbol != Characters.unk]  # the Thinker could not read it either
+        found.setdefault(Characters().decode(known), log_prob)
+    return found
 
 
 @torch.no_grad()
