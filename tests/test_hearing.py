@@ -95,7 +95,7 @@ def test_a_line_is_read_as_the_thinker_would_write_it(tokenizer: Tokenizer, line
     if line == line.upper():
         typed = [line, "IS THE CAT RED"]  # nothing is shouted that was not
     assert set(as_written(thinker, tokenizer, typed)) == {line}
-    assert as_written(thinker, tokenizer, ["is the cat red!"])[0][-1] == "!"
+    assert as_written(thinker, tokenizer, ["is the cat red!"])[0][-1] == "!"  # what was typed
     assert as_written(thinker, tokenizer, ["", " "]) == ["", ""]
 
 

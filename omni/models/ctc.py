@@ -50,6 +50,10 @@ def prefix_search(
     for indices, values in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
         pairs = list(zip(indices, values, strict=True))
         kept = [pair for pair in pairs if pair[1] > math.log(least)] or pairs[:1]
+        if [index for index, _ in kept] == [0]:  # surely blank: no prefix grows, and their order stays
+            for ends in prefixes.values():
+                ends[:] = _log_sum(*ends) + kept[0][1], _NEVER
+            continue
         found: dict[tuple[int, ...], list[float]] = {}
         for prefix, (blank, symbol) in prefixes.items():
             both = _log_sum(blank, symbol)
