@@ -107,7 +107,7 @@ class OmniSFTConfig(StageConfig):
     sft: PhaseConfig  # projectors and what is not frozen
     talker: PhaseConfig  # for a Talker that gets states: on those of the Thinker as it is now
     freeze_thinker: bool = False  # phase `sft` leaves the Thinker as it is
-    freeze_encoders: bool = True  # false: phase `sft` trains them along, and their features are computed in every step
+    freeze_encoders: bool = True  # false: phase `sft` trains them along (with words that of pictures alone)
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # phase `sft` trains adapters of the Thinker instead of it
     lr_ratios: LRRatios = field(default_factory=LRRatios)
     with_words: bool = True  # behind a recording's projected states stand the words that were heard in it
@@ -179,7 +179,7 @@ class ChatPhases:
     def chats(self, part: str, encoded: bool = True) -> list[Chat]:
         """The chats of a part, those with unusable media as the rules say.
 
-        Their media are ``encoded``, or only the lengths of their recordings known.
+        Their media are ``encoded``; or only recordings, for their words; or only the lengths of these are known.
         """
         while True:
             found = self._chats[part]
@@ -187,6 +187,8 @@ class ChatPhases:
             try:
                 if encoded:
                     self.features.add(*media)
+                elif self.config.with_words:
+                    self.features.add([], media[1])
                 else:
                     self.features.measure(media[1])
                 return found
@@ -205,7 +207,7 @@ class ChatPhases:
 
         With ``live`` they carry their media themselves, for encoders that are trained.
         """
-        found, data = self.chats("training", encoded=not live or self.config.with_words), self.config.data
+        found, data = self.chats("training", encoded=not live), self.config.data
         if not thinker:  # text alone would teach the projectors nothing
             found = [chat for chat in found if chat.media]
         self.encoder.begin_count()
@@ -221,7 +223,8 @@ class ChatPhases:
         weights = {task: weight for task, weight in data.task_weights.items() if task in tasks}
         collate, load = self.collate, None
         if live:
-            collate = functools.partial(collate_media, pad_id=self.tokenizer.pad_id, joined=not self.config.run.compile)
+            pad_id, joined = self.tokenizer.pad_id, not self.config.run.compile
+            collate = functools.partial(collate_media, audio_features=self.features.audio, pad_id=pad_id, joined=joined)
             load = functools.partial(with_media, model=self.model, max_pixels=data.max_pixels)
         share, anew = data.replay_share, data.replay_anew
         return ChatSamples(encoded, tasks, weights, collate, replay, share, anew, load)

@@ -7,7 +7,7 @@ encoded when an answer first needs them. Nothing of a conversation is kept here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -92,6 +92,7 @@ class Media:
         self._frames: dict[str, torch.Tensor] = {}
         self._features: dict[str, torch.Tensor] = {}
         self._words: dict[str, str] = {}
+        self._written: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._pixels or name in self._frames
@@ -142,6 +143,12 @@ class Media:
             self._words[name] = words_heard(model.audio_encoder, model.thinker, self._tokenizer, [self.audio(name)])[0]
         return self._words[name]
 
+    def as_written(self, texts: Iterable[str]) -> dict[str, str]:
+        """What was typed, and how it is read (:func:`omni.hearing.as_written`)."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._written]
+        self._written |= zip(new, as_written(self._model.thinker, self._tokenizer, new), strict=True)
+        return self._written
+
     def image(self, name: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
         if name not in self._features:
@@ -187,10 +194,11 @@ class Assistant:
 
     @property
     def seconds_heard(self) -> float:
-        """How much sound all recordings of a conversation may hold together."""
+        """How long a recording may be, and all of a conversation together, where words leave room for them."""
         encoder, mel = self.model.config.audio_encoder, self.model.config.audio_encoder.mel
         positions = self.ctx_len // 4
-        return positions * self.model.config.audio_projector.stack * encoder.reduction / mel.frame_rate
+        seconds = positions * self.model.config.audio_projector.stack * encoder.reduction / mel.frame_rate
+        return min(seconds, MEDIA_RULES.max_audio_seconds)
 
     def media(self) -> Media:
         """Room for a conversation's pictures and recordings."""
@@ -224,26 +232,18 @@ class Assistant:
             TooLongError: when it leaves no room for an answer.
         """
         self.check_size(messages)
+        recordings = [part.value for message in messages for part in message.parts if part.kind == "audio"]
+        if sum(map(media.audio_positions, recordings)) > self.ctx_len // 4:
+            longest = f"expected at most {self.seconds_heard:.1f} s of them together"
+            raise TooLongError(f"the chat's recordings are too long, {longest}")
         encoder = ChatEncoder(
             self.tokenizer, self.model.image_positions, media.audio_positions, media.words, self.ctx_len
         )
-        encoded = encoder.prompt(self._as_written(messages), self._room)
+        encoded = encoder.prompt(_as_written(messages, media), self._room)
         if encoder.audio_cuts:
-            words = f" and {self.ctx_len // 4} tokens of words" if self.model.config.with_words else ""
-            heard = f"expected at most {self.seconds_heard:.1f} s{words} of them together"
-            raise TooLongError(f"the chat's recordings are too long, {heard}")
+            most = f"expected at most {self.ctx_len // 4} tokens of them together"
+            raise TooLongError(f"the chat's recordings say too many words, {most}")
         return encoded
-
-    def _as_written(self, messages: Sequence[Message]) -> list[Message]:
-        users = [message for message in messages if message.role == "user"]
-        typed = list(dict.fromkeys(part.value for message in users for part in message.parts if part.kind == "text"))
-        written = dict(zip(typed, as_written(self.model.thinker, self.tokenizer, typed), strict=True))
-
-        def read(message: Message) -> Message:
-            parts = (Part("text", written[part.value]) if part.kind == "text" else part for part in message.parts)
-            return Message(message.role, tuple(parts)) if message.role == "user" else message
-
-        return [read(message) for message in messages]
 
     def pieces(self, prompt: Encoded) -> list[PromptPiece]:
         """What a prompt is made of, in order."""
@@ -295,3 +295,24 @@ class Assistant:
         """What is said in a recording, given as log-mel frames."""
         encoder = self.model.audio_encoder
         return words_heard(encoder, self.model.thinker, self.tokenizer, encode_frames(encoder, [frames_FM]))[0]
+
+
+def _as_written(messages: Sequence[Message], media: Media) -> list[Message]:
+    """The same messages; what the user typed at one go is read as the Thinker would expect it.
+
+    Of a text in several parts none is a turn by itself: they stay.
+    """
+    typed = [[part.value for part in message.parts if part.kind == "text"] for message in messages]
+    lines = [
+        texts[0] if message.role == "user" and len(texts) == 1 else None
+        for message, texts in zip(messages, typed, strict=True)
+    ]
+    written = media.as_written(line for line in lines if line is not None)
+    return [
+        message if line is None else Message(message.role, tuple(_read(part, written) for part in message.parts))
+        for message, line in zip(messages, lines, strict=True)
+    ]
+
+
+def _read(part: Part, written: Mapping[str, str]) -> Part:
+    return Part("text", written[part.value]) if part.kind == "text" else part

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from omni import ranks
 from omni.audio import load_audio, log_mel
 from omni.cache import FeatureCache, FeatureCacheConfig, cache_key
 from omni.config import DataConfig, UserError, from_dict
-from omni.data.chat_batch import ChatBatch, collate_chats
+from omni.data.chat_batch import ChatBatch, Features, collate_chats
 from omni.data.dialogue import Encoded
 from omni.data.images import load_image
 from omni.data.manifest import RULES
 from omni.data.speech import pad_frames
-from omni.hearing import BEAM, MARGIN, WEIGHT, words_heard
+from omni.hearing import METHOD, words_heard
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.layers import padding_mask
 from omni.models.omni import OmniModel
@@ -89,18 +91,20 @@ class FeatureStore:
     def _hear(self, paths: Sequence[str]) -> list[str]:
         """The words of recordings that are encoded."""
         encoder, thinker, tokenizer = self.model.audio_encoder, self._thinker(), self.tokenizer
-        settings = [_made_by(encoder, encoder.config), tokenizer.hash, repr((BEAM, MARGIN, WEIGHT))]
-        made_by, found = cache_key([thinker], (), settings), list[str]()
+        made_by = cache_key([thinker], (), [_made_by(encoder, encoder.config), tokenizer.hash, METHOD])
+        found, mine = list[str](), ranks.share(paths)
 
         def hear(rows: Sequence[str]) -> list[torch.Tensor]:
             said = words_heard(encoder, thinker, tokenizer, [self._audios[path] for path in rows])
             return [torch.tensor(list(text.encode()), dtype=torch.uint8) for text in said]
 
-        for start in range(0, len(paths), _HEARD_TOGETHER):
-            rows = paths[start : start + _HEARD_TOGETHER]
-            bytes_of = self.cache.get("words", made_by, rows, functools.partial(hear, rows))
+        for start in range(0, len(mine), _HEARD_TOGETHER):
+            rows = mine[start : start + _HEARD_TOGETHER]
+            # states differ in their last bits with what else was encoded beside them
+            states = hashlib.sha256(torch.cat([self._audios[path] for path in rows]).numpy().tobytes()).hexdigest()
+            bytes_of = self.cache.get("words", made_by + states, rows, functools.partial(hear, rows))
             found += [bytes(item.tolist()).decode() for item in bytes_of]
-        return found
+        return ranks.merged(ranks.gather("the words of recordings", found))
 
     def measure(self, audios: Iterable[str]) -> None:
         """Learn how many states recordings have, without encoding them. Raises UnusableMediaError."""
@@ -110,8 +114,13 @@ class FeatureStore:
             self._num_states |= zip(new, encoder.num_states(torch.tensor(num_frames)).tolist(), strict=True)
 
     def forget(self) -> None:
-        """Let go of all features, and keep none on disk from here on: the encoders have changed, and will again."""
-        self._images, self._audios, self._words, self.cache = {}, {}, {}, _NO_CACHE
+        """Let go of features, and keep none on disk from here on: the encoders have changed, and will again.
+
+        That of recordings stands still where their words are heard.
+        """
+        self._images, self.cache = {}, _NO_CACHE
+        if not self.model.config.with_words:
+            self._audios = {}
 
     def image(self, path: str) -> torch.Tensor:
         """Patch tokens [P, D]."""
@@ -276,17 +285,20 @@ def with_media(chat: Encoded, model: OmniModel, max_pixels: int = RULES.max_pixe
     if not chat.images and not chat.audios:
         return chat
     size, mel = model.config.vision_encoder.image_size, model.config.audio_encoder.mel
+    audios = [] if model.config.with_words else chat.audios  # else their encoder is not trained
     return dataclasses.replace(
         chat,
         pixels=[load_image(path, size, max_pixels=max_pixels) for path in chat.images],
-        frames=[log_mel(mel)(load_audio(path, mel.sample_rate)) for path in chat.audios],
+        frames=[log_mel(mel)(load_audio(path, mel.sample_rate)) for path in audios],
     )
 
 
-def collate_media(chats: Sequence[Encoded], pad_id: int, joined: bool = False) -> ChatBatch:
-    """One batch of chats from :func:`with_media`, nothing of it encoded."""
+def collate_media(chats: Sequence[Encoded], audio_features: Features, pad_id: int, joined: bool = False) -> ChatBatch:
+    """One batch of chats from :func:`with_media`, nothing of it encoded but recordings that have no frames there."""
     nothing = torch.zeros(0, 0)
-    batch = collate_chats(chats, lambda path: nothing, lambda path: nothing, pad_id, joined=joined)
+    live = any(chat.frames for chat in chats)
+    hear = (lambda path: nothing) if live else audio_features
+    batch = collate_chats(chats, lambda path: nothing, hear, pad_id, joined=joined)
     pixels = [item for chat in chats for item in chat.pixels]
     frames = [item for chat in chats for item in chat.frames]
     frames_NFM, num_frames_N = pad_frames(frames) if frames else (None, None)

@@ -24,7 +24,11 @@ BEAM = 32
 MARGIN = 5.0
 WEIGHT = 0.3
 ENDS = ("", ".", "?")  # the marks that a line may end with, of which nobody says any
+_CLEARLY = 2.0  # nats by which a line must be more probable otherwise than as it was typed
+_LONGEST_LINE = 200  # characters
 _TOKENS = 4096  # that the Thinker reads at a time
+_LOGITS = 512  # positions whose logits are there at a time
+METHOD = repr((1, BEAM, MARGIN, WEIGHT, ENDS))  # the number is to be raised whenever the same settings hear otherwise
 
 
 @torch.no_grad()
@@ -47,22 +51,32 @@ def as_written(thinker: Thinker, tokenizer: Tokenizer, texts: Sequence[str]) -> 
     """Lines that people typed, as the Thinker would expect them: capital letters or none, a mark at the end or none.
 
     A Thinker that has read a few million words of one hand knows one way to write. Nano's answers 0.85 of written
-    questions as they are, 0.63 of those that begin with a capital letter, 0.61 without a mark at the end.
+    questions as they are, 0.63 of those that begin with a capital letter, 0.61 without a mark at the end. A line stays
+    as it is unless another way to write it is clearly more probable, and so does what is longer than a line.
     """
     found = []
     for text in texts:
         line = text.strip()
-        cases = dict.fromkeys((line, line[:1].lower() + line[1:], line[:1].upper() + line[1:], line.lower()))
+        if "\n" in line or len(line) > _LONGEST_LINE:
+            found.append([text])
+            continue
+        cases = (line, line[:1].lower() + line[1:], line[:1].upper() + line[1:], line.lower())
         ends = ENDS if line[-1:].isalnum() else ("",)
-        found.append([case + end for case in cases for end in ends])
-    return likeliest(thinker, tokenizer, found)
+        found.append([case + end for case in dict.fromkeys(cases) if len(case) == len(line) for end in ends])
+    return likeliest(thinker, tokenizer, found, _CLEARLY)
 
 
-def likeliest(thinker: Thinker, tokenizer: Tokenizer, choices: Sequence[Sequence[str]]) -> list[str]:
-    """Of each row of texts the one that is most probable as a user's turn; the first of those that are alike."""
+def likeliest(
+    thinker: Thinker, tokenizer: Tokenizer, choices: Sequence[Sequence[str]], favour: float = 0.0
+) -> list[str]:
+    """Of each row of texts the one that is most probable as a user's turn, the first of them by ``favour`` more."""
     scores = iter(log_likelihoods(thinker, tokenizer, [text for row in choices if len(row) > 1 for text in row]))
-    scored = ([*zip(row, scores)] if len(row) > 1 else [(row[0], 0.0)] for row in choices)  # noqa: B905
-    return [max(row, key=lambda item: item[1])[0] for row in scored]
+    found = []
+    for row in choices:
+        scored = [(next(scores) if len(row) > 1 else 0.0, text) for text in row]
+        first = scored[0][0] + favour, row[0]
+        found.append(max([first, *scored[1:]], key=lambda item: item[0])[1])
+    return found
 
 
 def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, float]:
@@ -73,7 +87,7 @@ def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, floa
     found = dict[str, float]()
     for symbols, log_prob in prefix_search(log_probs_SV.cpu(), BEAM, margin=MARGIN):
         known = [symbol for symbol in symbols if symbol != Characters.unk]  # the Thinker could not read it either
-        found.setdefault(Characters().decode(known), log_prob)
+        found.setdefault(" ".join(Characters().decode(known).split()), log_prob)
     return found
 
 
@@ -87,9 +101,12 @@ def log_likelihoods(thinker: Thinker, tokenizer: Tokenizer, texts: Sequence[str]
         tokens_1T = torch.tensor([[token for row in batch for token in row[:-1]]], device=device)
         labels_T = torch.tensor([token for row in batch for token in row[1:]], device=device)
         positions_1T = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
-        final_1TD = thinker(thinker.embed(tokens_1T), positions_1T, Segments(sizes)).final_BTD
-        losses_T = F.cross_entropy(thinker.logits(final_1TD)[0].float(), labels_T, reduction="none")
-        found += [-float(row.sum()) for row in losses_T.cpu().split(sizes)]
+        final_TD = thinker(thinker.embed(tokens_1T), positions_1T, Segments(sizes).to(device)).final_BTD[0]
+        losses = [
+            F.cross_entropy(thinker.logits(part).float(), labels, reduction="none")
+            for part, labels in zip(final_TD.split(_LOGITS), labels_T.split(_LOGITS), strict=True)
+        ]
+        found += [-float(row.sum()) for row in torch.cat(losses).cpu().split(sizes)]
     return found
 
 

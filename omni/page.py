@@ -92,7 +92,7 @@ dd { white-space: pre-wrap; } .right dd:last-of-type { color: #176f2c; } .other 
 .pieces { line-height: 2; overflow-wrap: anywhere; }
 .pieces span { border-radius: 3px; padding: .1rem .2rem; margin: 1px; }
 .text { background: #eef1f6; } .mark { color: #888; font-size: 12px; } .answer { background: #e8dcf7; }
-.image { background: #d9efdd; } .audio { background: #fbe5c8; }
+.image { background: #d9efdd; } .audio { background: #fbe5c8; } .words { background: #f8efbd; }
 nav a { margin-right: 1rem; } @media (max-width: 500px) { section { padding-left: .6rem; } }
 pre { overflow-x: auto; font-size: 13px; } h1, h2, code { overflow-wrap: anywhere; } .problem { color: #9a3412; }
 </style></head><body>

@@ -230,7 +230,7 @@ def _forgetting_table(figures: Figures, summary: Mapping[str, Any]) -> str:
 
     trained = set[str]()
     if not summary["config"].get("freeze_encoders", True):
-        trained |= {"C"} if summary["config"]["with_words"] else {"B", "C"}
+        trained |= {"C"} if summary["config"].get("with_words") else {"B", "C"}
     if summary["model_config"]["speech"]["talker"]["state_dim"]:  # then the Talker follows the new Thinker
         trained |= {"D"}
     rows = []

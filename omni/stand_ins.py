@@ -36,7 +36,7 @@ from omni.models.vision_encoder import VisionConfig, VisionEncoder
 from omni.parallel import map_small
 from omni.stages import StageInfo, read_raw_config, stage_of
 from omni.summary import read_summary
-from omni.tokenizer import Tokenizer
+from omni.tokenizer import Characters, Tokenizer
 
 Item = TypeVar("Item")
 
@@ -139,7 +139,7 @@ class _StandIns:
     def _chat(self) -> None:
         tokenizer = self._thinker(self.values["thinker_ckpt"])
         ctx_len = self.values["ctx_len"] or self._ctx_len
-        self._audio_encoder(self.values["audio_ckpt"])
+        self._audio_encoder(self.values["audio_ckpt"], hears=False)  # the chats say the words themselves
         image_size = self._vision(self.values["vision_ckpt"], tokenizer)
         self._speech(self.values["talker_ckpt"], tokenizer)
         names = {"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"}
@@ -151,7 +151,6 @@ class _StandIns:
         text.write_text(self._some_text(ctx_len, self.data["replay_text"], 0), encoding="utf-8")
         self.data |= {"train": str(chats), "val": str(chats), "task_weights": {}, "feature_cache_gb": 0.0}
         self.data |= {"feature_cache": None, "replay_text": str(text) if self.data["replay_text"] else None}
-        self.values["with_words"] = False  # an untrained encoder hears anything: the chats say the words themselves
         if self.data["speech_train"]:
             self.data["speech_train"] = self._recordings(self.data["speech_train"], "speech_train")
         self.data["speech_val"] = self.data["speech_train"]
@@ -261,9 +260,14 @@ class _StandIns:
         size = data.get("vocab_size", 1024)  # the default of stage A
         return Tokenizer.train(self._some_text(256, data["train"], size).splitlines(), size)
 
-    def _audio_encoder(self, path: str) -> None:
+    def _audio_encoder(self, path: str, hears: bool = True) -> None:
+        """Stage B's checkpoint; untrained it hears anything, or nothing."""
         config = self._known(path, AudioEncoderConfig, "audio_enc")
-        self._write("audio_enc", AudioEncoder(config), config)
+        model = AudioEncoder(config)
+        if not hears:
+            with torch.no_grad():
+                model.head.bias.view(config.steps_per_state, -1)[:, Characters.blank] = 100.0
+        self._write("audio_enc", model, config)
 
     def _vision(self, path: str, tokenizer: Tokenizer) -> int:
         config = dataclasses.replace(self._known(path, VisionConfig, "vision"), vocab_size=tokenizer.vocab_size)

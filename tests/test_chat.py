@@ -11,14 +11,15 @@ import pytest
 import soundfile
 
 from omni import chat as chat_module
-from omni.assistant import Assistant, Voice
+from omni.assistant import Assistant, Voice, longest_end
 from omni.chat import ChatSettings, TerminalChat
 from omni.cli import main
 from omni.config import UserError
-from omni.data.dialogue import Message, Part
+from omni.data.dialogue import Message, Part, TooLongError
 from omni.decoding import Decoding
 from omni.generate import AnswerSettings, generate
 from omni.hearing import as_written
+from omni.models.thinker import Thinker
 from omni.sound_device import NoSoundDeviceError
 from omni.tokenizer import Tokenizer
 from tests import toy_omni
@@ -124,6 +125,26 @@ def test_what_is_typed_is_read_as_the_thinker_would_write_it(assistant: Assistan
     expected = f"<|user|> {written[0]}<|end|><|assistant|> {said[1]}<|end|><|user|> {written[2]}<|end|><|assistant|>"
     assert assistant.tokenizer.decode(prompt.tokens) == expected
     assert written[0] != said[0]
+
+
+def test_each_line_is_read_once_and_texts_in_parts_stay(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counted(thinker: Thinker, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+        asked.extend(texts)
+        return as_written(thinker, tokenizer, texts)
+
+    monkeypatch.setattr("omni.assistant.as_written", counted)
+    lines = [f"What is the number {number}" for number in range(12)]
+    messages = [Message(role, (Part("text", line),)) for line in lines for role in ("user", "assistant")][:-1]
+    media = assistant.media()
+    with pytest.raises(TooLongError):
+        assistant.prompt(messages, media)
+    _, kept = longest_end(messages, lambda some: assistant.prompt(some, media))
+    assert len(kept) < len(messages) and asked == lines
+    parts = user(Part("text", "WHAT is"), Part("text", "this"))
+    found = assistant.tokenizer.decode(assistant.prompt([parts], media).tokens)
+    assert found == "<|user|> WHAT is this<|end|><|assistant|>" and asked == lines
 
 
 def test_the_conversation_is_remembered_and_forgotten(assistant: Assistant) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from omni.hearing import as_written, log_likelihoods, words_heard
 from omni.models.ctc import ctc_sum
+from tests import toy_omni
+from tests.small_shapes import AUDIO_SHAPE
 from tests.test_training_loop import CONFIG, assert_same, start, train, wait_for_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -47,3 +50,14 @@ def test_deterministic_ctc_has_the_same_gradient() -> None:
         finally:
             torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(*gradients)
+
+
+def test_words_are_heard_and_lines_read_on_the_device() -> None:
+    model, tokenizer = toy_omni.build()
+    texts = ["who has the ball ?", "two and two", "WHAT is it"]
+    states = [torch.randn(size, AUDIO_SHAPE.dim, generator=torch.Generator().manual_seed(size)) for size in (4, 9)]
+    on_cpu = log_likelihoods(model.thinker, tokenizer, texts)
+    model.cuda()
+    assert log_likelihoods(model.thinker, tokenizer, texts) == pytest.approx(on_cpu, rel=1e-3)
+    assert len(words_heard(model.audio_encoder, model.thinker, tokenizer, states)) == 2
+    assert len(as_written(model.thinker, tokenizer, texts)) == 3

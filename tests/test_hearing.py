@@ -97,6 +97,11 @@ def test_a_line_is_read_as_the_thinker_would_write_it(tokenizer: Tokenizer, line
     assert set(as_written(thinker, tokenizer, typed)) == {line}
     assert as_written(thinker, tokenizer, ["is the cat red!"])[0][-1] == "!"  # what was typed
     assert as_written(thinker, tokenizer, ["", " "]) == ["", ""]
+    others = ["is the cat\nred", "is the cat red " * 20, "\u4f60\u597d", "Stra\u00dfe"]
+    assert [text.lower().rstrip(".?") for text in as_written(thinker, tokenizer, others)] == [
+        text.lower() for text in others
+    ]
+    assert as_written(thinker, tokenizer, others[:2]) == others[:2]  # no line
 
 
 def test_a_recording_of_nothing_has_no_words(tokenizer: Tokenizer) -> None:

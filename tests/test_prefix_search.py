@@ -23,6 +23,15 @@ def test_prefix_search_finds_the_most_probable_text_over_all_paths() -> None:
         best = max(sums, key=lambda text: sums[text])
         found = prefix_search(log_probs_SV, beam=64, least=1e-9)
         assert tuple(found[0][0]) == best
+        blank_V = torch.tensor([0.0, -60.0, -60.0])  # between all steps, so that no symbol goes on
+        apart = prefix_search(torch.cat([log_probs_SV[:3], blank_V[None], log_probs_SV[3:]]), beam=64, least=1e-9)
+        halves = [prefix_search(half, beam=64, least=1e-9) for half in log_probs_SV.split(3)]
+        joined: dict[tuple[int, ...], float] = {}
+        for (one, p), (other, q) in itertools.product(*halves):
+            joined[(*one, *other)] = joined.get((*one, *other), 0.0) + math.exp(p + q)
+        assert len(apart) == len(joined)
+        for symbols, log_prob in apart:
+            assert math.isclose(math.exp(log_prob), joined[tuple(symbols)], rel_tol=1e-4)
         for symbols, log_prob in found:
             assert math.isclose(math.exp(log_prob), sums[tuple(symbols)], rel_tol=1e-4)
         near = prefix_search(log_probs_SV, beam=64, least=1e-9, margin=4.0)

@@ -217,6 +217,8 @@ def test_long_conversations_end_or_lose_their_oldest_turns(port: int) -> None:
     messages = [system, *({"role": role, "content": text} for role, text in turns)]
     code, _, found = call(port, CHAT, chat(messages=messages))
     assert code == 400 and found["error"]["code"] == "context_length_exceeded"
+    code, _, found = call(port, CHAT, chat(messages=messages, stream=True))  # before anything is streamed
+    assert code == 400 and found["error"]["code"] == "context_length_exceeded"
     code, _, found = call(port, CHAT, chat(messages=messages, truncation="auto"))
     left_out = found["left_out"]
     assert code == 200 and left_out > 0 and left_out % 2 == 0

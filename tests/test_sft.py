@@ -184,6 +184,8 @@ def test_resume_from_any_checkpoint_is_exact(words, config, trained, tmp_path):
         assert (run / f"omni_step_{step}.pt").exists()
         assert train(config, run, *words) == 0
         assert_same(whole, run)
+        # nothing is kept of what encoders were for a while
+        assert [path.name for path in shards(run / "cache")] == [path.name for path in shards(whole / "cache")]
 
 
 def test_a_finished_run_with_adapters_goes_on(config, trained, tmp_path):

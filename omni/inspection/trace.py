@@ -71,7 +71,7 @@ class Trace:
         stack: states a position.
         parameters: of the projector.
         before: the spread of every step, in order, for a projector as training begins with it.
-        after: the same for the projector as it is; of recordings that enter as words, with what they are read as.
+        after: the same for the projector as it is.
         embeddings: the spread of the Thinker's token embeddings.
         variances: of each dimension of what enters the Thinker (the last step), over the positions of the sample.
         embedding_variances: of each dimension of the token embeddings, over the vocabulary.

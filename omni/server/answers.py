@@ -31,22 +31,38 @@ class ChatPlan:
 
     Attributes:
         assistant: who answers.
-        prompt: the conversation.
+        messages: the conversation.
         media: its pictures and recordings.
         settings: how text is decoded.
         voice: how the answer sounds; None: it is not spoken.
-        num_left_out: oldest messages for which there was no room.
+        truncated: whether its oldest turns may be left out.
+        num_left_out: oldest messages for which there is no room, as far as is known.
+        prompt: what the model reads, once the work has begun.
     """
 
     assistant: Assistant
-    prompt: Encoded
+    messages: Sequence[Message]
     media: Media
     settings: AnswerSettings
     voice: Voice | None
+    truncated: bool
     num_left_out: int
+    prompt: Encoded = field(default_factory=lambda: Encoded([], []))
 
     def work(self, emit: Emit) -> None:
-        """Answer; hands out pieces of text, samples [S], and at last the :class:`omni.generate.Answer`."""
+        """Answer; hands out the prompt, pieces of text, samples [S], and at last the :class:`omni.generate.Answer`.
+
+        Raises:
+            ApiError: 400, before anything is handed out, when there is no room for the conversation.
+        """
+        try:  # what is in recordings and how lines are read is the model's to say
+            self.prompt, kept = _fit(
+                self.truncated, self.messages, lambda chat: self.assistant.prompt(chat, self.media)
+            )
+        except TooLongError as error:
+            raise _too_long(error) from None
+        self.num_left_out += len(self.messages) - len(kept)
+        emit(self.prompt)
         generation = self.assistant.answer(self.prompt, self.media, self.settings)
 
         def shown() -> Iterator[str]:
@@ -81,27 +97,29 @@ def plan_chat(request: ChatRequest, assistant: Assistant) -> ChatPlan:
     elif request.audio is not None:
         raise ApiError(400, 'audio: found without modalities ["text", "audio"]', "audio")
     messages, sources = conversation(request)
-    fit = longest_end if request.truncation == "auto" else _whole
-    media = assistant.media()
+    media, truncated = assistant.media(), request.truncation == "auto"
     try:
-        _, kept = fit(messages, assistant.check_size)  # before anything is decoded
-        for part in (part for message in kept for part in message.parts if part.kind != "text"):
-            sources[part.value](media)
-        prompt, kept = fit(kept, lambda chat: assistant.prompt(chat, media))
+        _, kept = _fit(truncated, messages, assistant.check_size)  # before anything is decoded
     except TooLongError as error:
-        raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
+        raise _too_long(error) from None
+    for part in (part for message in kept for part in message.parts if part.kind != "text"):
+        sources[part.value](media)
     temperature = request.temperature or 0.0
     seed = random.getrandbits(63) if request.seed is None else request.seed % 2**63
     sampling = Sampling(temperature, request.top_k, 1.0 if request.top_p is None else request.top_p, seed)
     most = request.max_completion_tokens or request.max_tokens or assistant.ctx_len
     settings = AnswerSettings(most, sampling, tuple(request.stop or ()))
-    return ChatPlan(assistant, prompt, media, settings, voice, len(messages) - len(kept))
+    return ChatPlan(assistant, kept, media, settings, voice, truncated, len(messages) - len(kept))
 
 
-def _whole(
-    messages: Sequence[Message], fits: Callable[[Sequence[Message]], Result]
+def _fit(
+    truncated: bool, messages: Sequence[Message], fits: Callable[[Sequence[Message]], Result]
 ) -> tuple[Result, Sequence[Message]]:
-    return fits(messages), messages
+    return longest_end(messages, fits) if truncated else (fits(messages), messages)
+
+
+def _too_long(error: TooLongError) -> ApiError:
+    return ApiError(400, str(error), "messages", "context_length_exceeded")
 
 
 @dataclass
@@ -139,7 +157,8 @@ class ChatReply:
         return self._object("chat.completion", [choice]) | {"usage": self._usage(answer)} | self._extras()
 
     async def stream(self, events: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """The answer as server-sent events; a failure is one of them."""
+        """The answer as server-sent events; a failure is one of them, once the prompt is understood."""
+        await anext(events)
         try:
             async for chunk in self._chunks(events):
                 yield f"data: {json.dumps(chunk)}\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,7 @@ class Service:
 
     def __init__(self, assistant: Assistant, worker: Worker) -> None:
         self.assistant, self.worker = assistant, worker
-        # they also hear which words are in recordings; the setting is one of each thread, as the worker's
-        self._decoders = ThreadPoolExecutor(_DECODERS, "omni-decode", torch.set_flush_denormal, (True,))
+        self._decoders = ThreadPoolExecutor(_DECODERS, "omni-decode")
         self._page, self._policy = load_page()
 
     def add_routes(self, app: FastAPI) -> None:
@@ -84,7 +83,11 @@ class Service:
         reply = ChatReply(body, plan)
         job = self.worker.submit(plan.work)
         if body.stream:
-            return StreamingResponse(_followed(job, request, reply.stream), media_type="text/event-stream")
+            pieces = _followed(job, request, reply.stream)
+            begin = await anext(pieces, None)  # what is wrong with the prompt has a status of its own
+            if begin is None:
+                raise ApiError(_LEFT, "the client left")  # which nobody reads
+            return StreamingResponse(_after(begin, pieces), media_type="text/event-stream")
         async with _following(job, request):
             return JSONResponse(await reply.whole(job.events()))
 
@@ -157,6 +160,14 @@ def _listen(media: Media, file: UploadFile) -> None:
     media.add_audio("file", file.file)
 
 
+async def _after(begin: str, pieces: AsyncGenerator[str]) -> AsyncIterator[str]:
+    """The pieces of a stream whose first is at hand."""
+    async with contextlib.aclosing(pieces):
+        yield begin
+        async for piece in pieces:
+            yield piece
+
+
 async def _raw(rate: int, waves: AsyncIterator[torch.Tensor]) -> AsyncIterator[bytes]:
     raw = RawStream(rate)
     async for wave_S in waves:
@@ -185,7 +196,7 @@ async def _following(job: Job, request: Request) -> AsyncIterator[None]:
 
 async def _followed(
     job: Job, request: Request, form: Callable[[AsyncIterator[Any]], AsyncIterator[Any]]
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any]:
     """The pieces of a streamed answer."""
     try:
         async with _following(job, request):

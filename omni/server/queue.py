@@ -59,6 +59,8 @@ class Job:
             self._work(self._emit)
         except ClientLeftError:
             return
+        except ApiError as error:
+            self._put("failed", error)
         except UserError as error:
             self._put("failed", ApiError(400, str(error)))
         except Exception as error:
