@@ -24,6 +24,7 @@ BEAM = 32
 MARGIN = 5.0
 WEIGHT = 0.3
 ENDS = ("", ".", "?")  # the marks that a line may end with, of which nobody says any
+_SURE = -1.0  # nats: mean of the most probable symbol's log-probability; of speech -0.06, of noise -0.4
 _CLEARLY = 2.0  # nats by which a line must be more probable otherwise than as it was typed
 _LONGEST_LINE = 200  # characters
 _TOKENS = 4096  # that the Thinker reads at a time
@@ -84,8 +85,10 @@ def _proposals(encoder: AudioEncoder, states_TD: torch.Tensor) -> dict[str, floa
     weight = encoder.head.weight
     with torch.autocast(weight.device.type, enabled=False):
         log_probs_SV = encoder.read(states_TD[None].to(weight.device, weight.dtype))[0]
+    # who is sure of nothing would propose anything, and take seconds for it
+    sure = float(log_probs_SV.amax(dim=1).mean()) > _SURE
     found = dict[str, float]()
-    for symbols, log_prob in prefix_search(log_probs_SV.cpu(), BEAM, margin=MARGIN):
+    for symbols, log_prob in prefix_search(log_probs_SV.cpu(), BEAM if sure else 1, margin=MARGIN):
         known = [symbol for symbol in symbols if symbol != Characters.unk]  # the Thinker could not read it either
         found.setdefault(" ".join(Characters().decode(known).split()), log_prob)
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni.hearing import WEIGHT, as_written, log_likelihoods, words_heard
+from omni.hearing import WEIGHT, _proposals, as_written, log_likelihoods, words_heard
 from omni.models.audio_encoder import AudioEncoder, transcripts
 from omni.models.ctc import prefix_search
 from omni.models.thinker import Thinker, ThinkerConfig
@@ -108,6 +108,14 @@ def test_a_recording_of_nothing_has_no_words(tokenizer: Tokenizer) -> None:
     silence = torch.eye(AUDIO_SHAPE.dim)[[0, 0, 0]]
     assert words_heard(unsure_encoder(), thinker_of(tokenizer), tokenizer, [silence]) == [""]
     assert words_heard(unsure_encoder(), thinker_of(tokenizer), tokenizer, []) == []
+
+
+def test_who_is_sure_of_nothing_proposes_one_text() -> None:
+    encoder = AudioEncoder(AUDIO_SHAPE).eval()
+    with torch.no_grad():
+        encoder.head.weight.normal_(std=0.1)  # all symbols are about as likely
+    assert len(_proposals(encoder, torch.randn(40, AUDIO_SHAPE.dim))) == 1
+    assert len(_proposals(unsure_encoder(), torch.eye(AUDIO_SHAPE.dim)[[1, 0, 2, 0, 3]])) == 2
 
 
 def test_states_are_read_as_the_encoder_reads_them() -> None:
