@@ -114,8 +114,8 @@ def test_who_is_sure_of_nothing_proposes_one_text() -> None:
     encoder = AudioEncoder(AUDIO_SHAPE).eval()
     with torch.no_grad():
         encoder.head.weight.normal_(std=0.1)  # all symbols are about as likely
-    assert len(_proposals(encoder, torch.randn(40, AUDIO_SHAPE.dim))) == 1
-    assert len(_proposals(unsure_encoder(), torch.eye(AUDIO_SHAPE.dim)[[1, 0, 2, 0, 3]])) == 2
+        assert len(_proposals(encoder, torch.randn(40, AUDIO_SHAPE.dim))) == 1
+        assert len(_proposals(unsure_encoder(), torch.eye(AUDIO_SHAPE.dim)[[1, 0, 2, 0, 3]])) == 2
 
 
 def test_states_are_read_as_the_encoder_reads_them() -> None:
