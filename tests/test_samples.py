@@ -14,6 +14,7 @@ from PIL import Image
 
 from omni.cli import main
 from omni.command_line import as_words
+from omni.evaluate.sample_media import save_sound
 from omni.evaluate.samples import Shown, make_samples
 from omni.load import load_omni
 from omni.metrics import ratio
@@ -236,3 +237,10 @@ def test_pages_in_a_browser(name: str, place: Path, samples: dict[str, list[Samp
         assert errors == [] and {url.split(":")[0] for url in asked} <= {"file", "data"}
         assert [url for url in asked if url.startswith("file")] == [path.as_uri()]
         context.close()
+
+
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_sounds_of_any_rate_are_written(rate: int, tmp_path: Path) -> None:
+    path = save_sound(torch.sin(torch.arange(rate) * 0.05), rate, tmp_path / "x.ogg")
+    found = soundfile.info(path)
+    assert (found.format, found.subtype) == ("OGG", "OPUS") and found.duration == pytest.approx(1.0, abs=0.05)
