@@ -100,9 +100,11 @@ class FeatureStore:
 
         for start in range(0, len(mine), _HEARD_TOGETHER):
             rows = mine[start : start + _HEARD_TOGETHER]
-            # states differ in their last bits with what else was encoded beside them
-            states = hashlib.sha256(torch.cat([self._audios[path] for path in rows]).numpy().tobytes()).hexdigest()
-            bytes_of = self.cache.get("words", made_by + states, rows, functools.partial(hear, rows))
+            states = hashlib.sha256()  # they differ in their last bits with what else was encoded beside them
+            for path in rows:
+                states.update(self._audios[path].numpy().tobytes())
+            key = made_by + states.hexdigest()
+            bytes_of = self.cache.get("words", key, rows, functools.partial(hear, rows))
             found += [bytes(item.tolist()).decode() for item in bytes_of]
         return ranks.merged(ranks.gather("the words of recordings", found))
 

@@ -264,6 +264,10 @@ def test_words_that_are_heard_are_read_and_states_alone_can_be_had(config, train
     begin = encoded.tokens.index(tokenizer.special[AUDIO]) + encoded.audio_positions[0]
     entered = encoded.tokens[begin : begin + encoded.num_words[0]]
     assert entered == tokenizer.encode(f" {heard}")[: model.thinker.config.ctx_len // 4] != []
+    low = FeatureStore(model, tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):  # as on a CPU that is quick in it
+        low.add([], chat.paths("audio"))
+    assert low.words(path)
     states = tmp_path / "states"
     assert train(config, states, "--with_words", "false") == 0
     model, tokenizer = load_omni(states / "omni.pt")
