@@ -3,8 +3,8 @@
     python -m bench.features configs/omni_sft_nano.json --chats 1280
 
 Features are those of pictures and recordings, and the words of these. The phase is `projectors`. Each epoch begins as a
-run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read
-from the disk, then the chats are trained on once. All three see the same batches, and end with the same weights.
+run does, with the checkpoints of stages A to D and an empty memory: features are encoded or read from the disk, then
+the chats are trained on once. All three see the same batches, and end with the same weights.
 """
 
 from __future__ import annotations

@@ -302,15 +302,15 @@ def _as_written(messages: Sequence[Message], media: Media) -> list[Message]:
 
     Of a text in several parts none is a turn by itself: they stay.
     """
-    typed = [[part.value for part in message.parts if part.kind == "text"] for message in messages]
-    lines = [
-        texts[0] if message.role == "user" and len(texts) == 1 else None
-        for message, texts in zip(messages, typed, strict=True)
-    ]
-    written = media.as_written(line for line in lines if line is not None)
+
+    def lines(message: Message) -> list[str]:
+        texts = [part.value for part in message.parts if part.kind == "text"]
+        return texts if message.role == "user" and len(texts) == 1 else []
+
+    written = media.as_written(line for message in messages for line in lines(message))
     return [
-        message if line is None else Message(message.role, tuple(_read(part, written) for part in message.parts))
-        for message, line in zip(messages, lines, strict=True)
+        Message(message.role, tuple(_read(part, written) for part in message.parts)) if lines(message) else message
+        for message in messages
     ]
 
 

@@ -47,7 +47,7 @@ class ChatPlan:
     voice: Voice | None
     truncated: bool
     num_left_out: int
-    prompt: Encoded = field(default_factory=lambda: Encoded([], []))
+    prompt: Encoded = field(init=False)
 
     def work(self, emit: Emit) -> None:
         """Answer; hands out the prompt, pieces of text, samples [S], and at last the :class:`omni.generate.Answer`.
